@@ -1,0 +1,57 @@
+"""Collectives inside `shard_map`, with the layout before and after written where they happen.
+
+A spec names every dim and, after slashes, the mesh axes that split it: "embed/fsdp ff/tensor" is a matrix
+with its rows over `fsdp` and its columns over `tensor`. The idea is seqax's (MatX); the check here is
+stronger: the operand must really vary over the axes that the spec claims, as JAX tracks it in
+`jax.typeof(x).manual_axis_type`. `jax.lax.psum` of a value that does *not* vary multiplies it silently.
+"""
+
+import jax
+from jaxtyping import Array, Shaped
+
+
+def _parse(side: str) -> list[tuple[str, tuple[str, ...]]]:
+    return [(name, tuple(axes)) for name, *axes in (dim.split("/") for dim in side.split())]
+
+
+def _require_varying(spec: str, x: Array, axes: set[str]) -> None:
+    if missing := axes - jax.typeof(x).manual_axis_type.varying:
+        raise TypeError(f"{spec!r}: the operand does not vary over {sorted(missing)}")
+
+
+def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Gather the axes that stand on the left of the arrow and not on the right.
+
+    `all_gather("embed/fsdp ff/tensor -> embed ff/tensor", w)` undoes the sharding over `fsdp`. Its gradient
+    is a reduce-scatter. Raises TypeError if `x` is not laid out as the left side says.
+    """
+    before, after = (_parse(side) for side in spec.split("->"))
+    if len(before) != x.ndim or [name for name, _ in before] != [name for name, _ in after]:
+        raise TypeError(f"{spec!r} does not fit an operand of shape {x.shape}")
+    _require_varying(spec, x, {axis for _, axes in before for axis in axes})
+    for i, ((name, old), (_, new)) in enumerate(zip(before, after, strict=True)):
+        if old[: len(new)] != new:
+            raise TypeError(f"{spec!r}: {name} cannot go from {old} to {new} by gathering")
+        if old != new:
+            x = jax.lax.all_gather(x, old[len(new) :], axis=i, tiled=True)
+    return x
+
+
+def all_to_all(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Move one axis from one dim to another: "tokens embed/fsdp -> tokens/fsdp embed"."""
+    before, after = (_parse(side) for side in spec.split("->"))
+    if len(before) != x.ndim or [name for name, _ in before] != [name for name, _ in after]:
+        raise TypeError(f"{spec!r} does not fit an operand of shape {x.shape}")
+    _require_varying(spec, x, {axis for _, axes in before for axis in axes})
+    changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    gained = [i for i in changed if len(after[i][1]) > len(before[i][1])]
+    lost = [i for i in changed if len(after[i][1]) < len(before[i][1])]
+    if len(gained) != 1 or len(lost) != 1 or before[lost[0]][1][-1:] != after[gained[0]][1][-1:]:
+        raise TypeError(f"{spec!r} does not move one axis from one dim to another")
+    return jax.lax.all_to_all(x, before[lost[0]][1][-1], gained[0], lost[0], tiled=True)
+
+
+def psum(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:
+    """Sum over mesh axes. Raises TypeError if `x` is the same on all devices of an axis: it would be multiplied."""
+    _require_varying(f"psum over {' '.join(axes)}", x, set(axes))
+    return jax.lax.psum(x, axes)

@@ -1,0 +1,72 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) of Gemma 2, 3 and 4; one module, configured by data.
+
+batch, seq: tokens, `seq` split over `context`.  embed: residual stream.  kv_heads, group: query head
+h = kv_heads * group.  head: width of a head.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+
+from mintrain import config
+from mintrain.collectives import all_gather, psum
+from mintrain.layers.attend import attend, visible
+from mintrain.layers.linear import gather, normal
+from mintrain.layers.norm import RMSNorm, rms_norm
+from mintrain.layers.rope import angles, rotate
+
+
+class Attention(eqx.Module):
+    q: Float32[Array, "embed kv_heads group head"]
+    k: Float32[Array, "embed kv_heads head"]
+    v: Float32[Array, "embed kv_heads head"] | None  # None: the values are the raw keys
+    o: Float32[Array, "kv_heads group head embed"]
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    cfg: config.Attention = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    @staticmethod
+    def init(c: config.Attention, model: config.Model, *, key: PRNGKeyArray) -> "Attention":
+        keys = jax.random.split(key, 4)
+        n, g, h, d = c.kv_heads, c.heads // c.kv_heads, c.head_dim, model.embed
+        norm = lambda value: RMSNorm.init(h, model.norm_offset, model.norm_eps, value) if c.qk_norm else None
+        return Attention(
+            q=normal(keys[0], (d, n, g, h), fan_in=d),
+            k=normal(keys[1], (d, n, h), fan_in=d),
+            v=None if c.k_is_v else normal(keys[2], (d, n, h), fan_in=d),
+            o=normal(keys[3], (n, g, h, d), fan_in=n * g * h),
+            q_norm=norm(c.q_norm_init),
+            k_norm=norm(1.0),
+            cfg=c,
+            eps=model.norm_eps,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        positions: Int32[Array, "batch seq"],
+        segments: Int32[Array, "batch seq"],
+    ) -> Float[Array, "batch seq embed"]:
+        c, kv = self.cfg, "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head"
+        w_q = gather("embed/fsdp kv_heads/tensor group head -> embed kv_heads/tensor group head", self.q, x.dtype)
+        q = jnp.einsum("bsd,dngh->bsngh", x, w_q)
+        k = jnp.einsum("bsd,dnh->bsnh", x, gather(kv, self.k, x.dtype))
+        v = k if self.v is None else jnp.einsum("bsd,dnh->bsnh", x, gather(kv, self.v, x.dtype))
+
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if c.v_norm:
+            v = rms_norm(v, self.eps)
+        angle = angles(positions, c.rope, c.head_dim)
+        q, k = rotate(q, angle), rotate(k, angle)
+
+        keys = "batch seq/context kv_heads/tensor head -> batch seq kv_heads/tensor head"
+        tokens = "batch seq/context -> batch seq"
+        mask = visible(positions, all_gather(tokens, positions), segments, all_gather(tokens, segments), c.window)
+        out = attend(q, all_gather(keys, k), all_gather(keys, v), mask, c.scale, c.softcap)
+
+        w_o = gather("kv_heads/tensor group head embed/fsdp -> kv_heads/tensor group head embed", self.o, x.dtype)
+        out = jnp.einsum("bsngh,nghd->bsd", out, w_o, preferred_element_type=jnp.float32)
+        return psum(out, "tensor").astype(x.dtype)

@@ -1,0 +1,72 @@
+"""The optimizer, from optax. It runs outside `shard_map`, on whole arrays, in the same jit as the gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float32, Int32
+from optax.contrib import MuonDimensionNumbers, muon
+
+from mintrain.arrays import Weight, weights
+from mintrain.config import Optim
+from mintrain.model import LM
+
+
+def schedule(cfg: Optim, steps: int) -> Callable[[Int32[Array, ""]], Float32[Array, ""]]:
+    """The learning rate by the number of applied updates. It reaches `lr * final_lr` at `steps`.
+
+    wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395), with a linear decay.
+    """
+    warmup = min(cfg.warmup, steps)
+    decay = steps - warmup if cfg.schedule == "cosine" else min(round(cfg.decay_fraction * steps), steps - warmup)
+    if cfg.schedule == "cosine":
+        end = optax.cosine_decay_schedule(1.0, max(decay, 1), alpha=cfg.final_lr)
+    else:
+        end = optax.linear_schedule(1.0, cfg.final_lr, max(decay, 1))
+    start = optax.linear_schedule(1.0 / max(warmup, 1), 1.0, max(warmup - 1, 1))
+    relative = optax.join_schedules([start, optax.constant_schedule(1.0), end], [warmup, steps - decay])
+
+    def lr(count: Int32[Array, ""]) -> Float32[Array, ""]:
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.asarray(cfg.lr * relative(count), jnp.float32)
+
+    return lr
+
+
+def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW or Muon. `model` may be abstract: only its annotations are read.
+
+    Under Muon the matrices of the layers are orthogonalised and scaled so that an update has the size of
+    AdamW's (Liu et al. 2025, arXiv 2502.16982): one `lr` serves both. Embeddings and norms use AdamW.
+    """
+    lr = schedule(cfg, steps)
+    # Trees of the model's type are callable, and optax would call them: hence the lambdas.
+    if cfg.name == "adamw":
+        decayed = _per_weight(model, lambda weight: len(weight.dims) >= 2)
+        update = optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=lambda _: decayed)
+    else:
+        matrices = _per_weight(model, _matrix)
+        update = muon(
+            lr,
+            beta=cfg.b2,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda _: matrices,
+        )
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+def _per_weight(model: LM, value: Callable[[Weight], Any]) -> LM:
+    return jax.tree.unflatten(jax.tree.structure(model), [value(weight) for weight in weights(model)])
+
+
+def _matrix(weight: Weight) -> MuonDimensionNumbers | None:
+    """Which axes a weight sums over and which it makes. Axes that are neither (repeats) are separate matrices."""
+    axes = tuple(range(-len(weight.dims), 0))
+    if len(weight.dims) < 2 or "vocab" in weight.dims:
+        return None
+    return MuonDimensionNumbers(axes[:1], axes[1:]) if weight.dims[0] == "embed" else MuonDimensionNumbers(axes[:-1], axes[-1:])

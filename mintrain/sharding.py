@@ -1,0 +1,99 @@
+"""The whole sharding policy: which mesh axis splits which named dim of a weight, and how batches are split."""
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from mintrain.arrays import Weight, weights
+from mintrain.config import Config, ConfigError
+from mintrain.config import Mesh as MeshConfig
+
+AXES = ("replica", "fsdp", "expert", "context", "tensor")
+LAYOUT = {"embed": "fsdp", "ff": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+DATA_AXES = ("replica", "fsdp", "expert")
+BATCH = P(None, DATA_AXES, "context")  # accumulate, batch, seq
+ALL_TOKENS = (*DATA_AXES, "context")  # the axes that different tokens are on
+
+
+def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
+    """The first `mesh.devices` devices. Raises ConfigError if there are fewer."""
+    if mesh.devices > jax.device_count():
+        axes = " x ".join(f"mesh.{n}={s}" for n, s in zip(AXES, mesh.sizes, strict=True) if s > 1)
+        raise ConfigError(
+            f"{axes} needs {mesh.devices} devices, this machine has {jax.device_count()}; "
+            "use smaller axes, or --check to trace the step without them"
+        )
+    devices = jax.devices()[: mesh.devices]
+    return jax.make_mesh(mesh.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+    """The same mesh without devices, for tracing at any size."""
+    return AbstractMesh(mesh.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def spec(weight: Weight) -> P:
+    """The layout of one weight. Raises TypeError if two of its dims map to one axis."""
+    axes = [LAYOUT.get(dim) for dim in weight.dims]
+    used = [axis for axis in axes if axis]
+    if len(used) != len(set(used)):
+        raise TypeError(f"{weight.path}: dims {' '.join(weight.dims)} map twice to one mesh axis")
+    return P(*(None,) * weight.stacked, *axes)
+
+
+def specs(model: PyTree) -> PyTree:
+    """The layouts of all weights, as a tree of the model's own type."""
+    return jax.tree.unflatten(jax.tree.structure(model), [spec(weight) for weight in weights(model)])
+
+
+def state_specs(state: PyTree, model: PyTree) -> PyTree:
+    """Layouts of everything that is kept between steps.
+
+    Optimizer moments are trees of the model's type somewhere inside optax's own state, so a leaf whose path
+    ends in the path of a weight has that weight's layout. Everything else is a scalar on every device.
+    """
+    known = {
+        jax.tree_util.keystr(path): (leaf.shape, spec(weight))
+        for (path, leaf), weight in zip(jax.tree.leaves_with_path(model), weights(model), strict=True)
+    }
+
+    def layout(path: tuple, leaf: PyTree) -> P:
+        for start in range(len(path)):
+            shape, found = known.get(jax.tree_util.keystr(path[start:]), (None, P()))
+            if shape == leaf.shape:
+                return found
+        return P()
+
+    return jax.tree.map_with_path(layout, state)
+
+
+def named(mesh: jax.sharding.Mesh | AbstractMesh, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), tree, is_leaf=lambda s: isinstance(s, P))
+
+
+def place(mesh: jax.sharding.Mesh | AbstractMesh, shapes: PyTree, layout: PyTree) -> PyTree:
+    """Abstract arrays with their shardings: what `jit`, `eval_shape` and checkpoints need to know."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), shapes, layout
+    )
+
+
+def validate(cfg: Config, model: PyTree) -> None:
+    """Raise ConfigError if a mesh axis does not divide a dim of the (abstract) model that it splits."""
+    sizes = dict(zip(AXES, cfg.mesh.sizes, strict=True))
+    for weight in weights(model):
+        for dim, size in zip(weight.dims, weight.value.shape[weight.stacked :], strict=True):
+            axis = LAYOUT.get(dim)
+            if axis and size % sizes[axis]:
+                divisors = [str(d) for d in range(1, size + 1) if size % d == 0][:8]
+                raise ConfigError(
+                    f"mesh.{axis}={sizes[axis]} does not divide {dim}={size} of {weight.path}; "
+                    f"use one of {', '.join(divisors)}"
+                )
+
+
+def bytes_per_device(shape: PyTree) -> int:
+    """Bytes of abstract arrays that one device holds."""
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(shape))

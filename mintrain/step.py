@@ -1,0 +1,167 @@
+"""The train step: loss and model inside one `shard_map`, gradient and optimizer around it, all in one jit."""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
+
+from mintrain.config import Config
+from mintrain.layers.linear import gather
+from mintrain.loss import Batch, next_token_loss, output_logits
+from mintrain.model import LM
+from mintrain.optim import optimizer, schedule
+from mintrain.sharding import BATCH, named, place, specs, state_specs
+
+AnyMesh = Mesh | AbstractMesh
+
+
+class State(eqx.Module):
+    """Everything that a run is at one step; checkpoints hold exactly this."""
+
+    model: LM
+    opt: PyTree  # optax's state; moments are float32 trees of the model's type
+    step: Int32[Array, ""]  # batches seen
+    skipped: Int32[Array, ""]  # updates that were not finite and not applied
+    key: UInt32[Array, "2"]  # random numbers of the run
+
+
+class Metrics(eqx.Module):
+    loss: Float32[Array, ""]  # nats per token, without the z-loss
+    grad_norm: Float32[Array, ""]  # before clipping
+    lr: Float32[Array, ""]
+    finite: Bool[Array, ""]
+    skipped: Int32[Array, ""]
+
+
+def init_state(cfg: Config) -> State:
+    """The state of step 0. Call it under `jax.eval_shape` or `jax.jit` with `out_shardings`."""
+    key, init = jax.random.split(jax.random.key(cfg.seed))
+    model = LM.init(cfg.model, cfg.compute_dtype, key=init)
+    opt = optimizer(cfg.optim, cfg.steps, model).init(model)
+    zero = jnp.zeros((), jnp.int32)
+    return State(model, opt, zero, zero, jax.random.key_data(key))
+
+
+def abstract_state(cfg: Config, mesh: AnyMesh) -> State:
+    """Shapes and layouts of the state, without allocating it."""
+    shapes = jax.eval_shape(partial(init_state, cfg))
+    return place(mesh, shapes, state_specs(shapes, shapes.model))
+
+
+def new_state(cfg: Config, mesh: Mesh) -> State:
+    """The state of step 0 on its devices."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+    # It runs once: on a CPU, LLVM takes longer to optimise the random number generators than they run.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(partial(init_state, cfg), out_shardings=shardings, compiler_options=options)()
+
+
+def abstract_batch(cfg: Config, mesh: AnyMesh) -> Batch:
+    shape = (cfg.accumulate, cfg.batch_size // cfg.accumulate, cfg.data.seq_len)
+    shapes = jax.eval_shape(lambda: Batch(*[jnp.zeros(shape, jnp.int32)] * 4, jnp.zeros(shape, jnp.float32)))
+    return place(mesh, shapes, jax.tree.map(lambda _: BATCH, shapes))
+
+
+def sharded_loss(cfg: Config, mesh: AnyMesh, model: LM) -> Callable[[LM, Batch, Array], tuple[Array, Array]]:
+    """The loss of one microbatch as a function of whole arrays; `model` gives the layouts."""
+    loss = partial(next_token_loss, scan=cfg.scan_layers, remat=cfg.remat, z_loss=cfg.z_loss)
+    return jax.shard_map(loss, mesh=mesh, in_specs=(specs(model), P(*BATCH[1:]), P()), out_specs=(P(), P()))
+
+
+def add(
+    total: PyTree[Float32[Array, "..."], "Model"], part: PyTree[Float32[Array, "..."], "Model"]
+) -> PyTree[Float32[Array, "..."], "Model"]:
+    """Gradients are accumulated in float32."""
+    return jax.tree.map(jnp.add, total, part)
+
+
+def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The whole step as one jitted function that donates its state."""
+    abstract = abstract_state(cfg, mesh)
+    loss_and_grad = jax.value_and_grad(sharded_loss(cfg, mesh, abstract.model), has_aux=True)
+    transform, learning_rate = optimizer(cfg.optim, cfg.steps, abstract.model), schedule(cfg.optim, cfg.steps)
+    layouts = specs(abstract.model)
+
+    def update(grads: LM, opt: PyTree, model: LM) -> tuple[LM, PyTree]:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+            updates, opt = transform.update(grads, opt, model)
+            return optax.apply_updates(model, updates), opt
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+        def microbatch(total: LM, micro: Batch) -> tuple[LM, Float32[Array, ""]]:
+            (_, nll), grads = loss_and_grad(state.model, micro, count)
+            return add(total, grads), nll
+
+        zeros = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s), state.model, named(mesh, layouts))
+        grads, nll = jax.lax.scan(microbatch, zeros, batch)
+        loss, grad_norm = jnp.sum(nll) / count, optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
+        free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, state.model))))
+        model, opt = free(grads, state.opt, state.model)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        new = State(
+            model=jax.tree.map(keep, model, state.model),
+            opt=jax.tree.map(keep, opt, state.opt),
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            key=state.key,
+        )
+        return new, Metrics(loss, grad_norm, learning_rate(state.step - state.skipped), finite, new.skipped)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(cfg: Config, mesh: AnyMesh) -> Callable[[LM, Batch], Float32[Array, ""]]:
+    """The summed negative log-likelihood of a batch, in nats."""
+    loss = sharded_loss(cfg, mesh, abstract_state(cfg, mesh).model)
+
+    def eval_step(model: LM, batch: Batch) -> Float32[Array, ""]:
+        _, nll = jax.lax.scan(lambda _, micro: (None, loss(model, micro, jnp.float32(1.0))[1]), None, batch)
+        return jnp.sum(nll)
+
+    return jax.jit(eval_step)
+
+
+def logits(
+    model: LM,
+    tokens: Integer[Array, "batch seq"] | Integer[np.ndarray, "batch seq"],
+    positions: Int32[Array, "batch seq"] | None = None,
+    segments: Int32[Array, "batch seq"] | None = None,
+) -> Float32[Array, "batch seq vocab"]:
+    """The next-token logits of whole sequences, on the mesh that the model lies on.
+
+    Without positions and segments each row is one document. The batch must divide by the mesh's
+    replica x fsdp x expert, and the sequence by context.
+    """
+    mesh = model.norm.scale.sharding.mesh
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    if segments is None:
+        segments = np.ones(tokens.shape, np.int32)
+    layout = NamedSharding(mesh, P(*BATCH[1:]))
+    return _sharded_logits(mesh, specs(model))(model, *jax.device_put((tokens.astype(np.int32), positions, segments), layout))
+
+
+@cache
+def _sharded_logits(mesh: Mesh, layouts: LM) -> Callable[..., Float32[Array, "batch seq vocab"]]:
+    tokens = P(*BATCH[1:])
+
+    def forward(model: LM, *inputs: Int32[Array, "batch seq"]) -> Float32[Array, "batch seq vocab"]:
+        x = model(*inputs)
+        table = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", model.output_table, x.dtype)
+        return output_logits(x, table, model.cfg.final_softcap)
+
+    return jax.jit(
+        jax.shard_map(forward, mesh=mesh, in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))
+    )
