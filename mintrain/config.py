@@ -4,8 +4,10 @@ Field types are checked when a config is made; rules between fields are in `__po
 mesh meets the model, in `sharding.validate`. Everything that a user can get wrong raises `ConfigError`.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
 
 
 class ConfigError(ValueError):
@@ -149,7 +151,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Config:
-    model: Model
+    model: Annotated[Model, tyro.conf.Fixed]  # changed in a config file, not by options
     mesh: Mesh = Mesh()
     data: Data = Data()
     optim: Optim = Optim()

@@ -93,9 +93,7 @@ def next_token_loss(
     and of devices are then exactly the loss of one big batch.
     """
     x = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
-    target_logit, log_z = target_statistics(
-        x.reshape(-1, x.shape[-1]), model.output_table, batch.targets.reshape(-1), model.cfg.final_softcap
-    )
+    target_logit, log_z = target_statistics(x, model.output_table, batch.targets.reshape(-1), model.cfg.final_softcap)
     weights = batch.weights.reshape(-1)
     nll = psum(token_loss(target_logit, log_z, weights), *ALL_TOKENS)
     z = psum(jnp.sum(weights * jnp.square(log_z)), *ALL_TOKENS)

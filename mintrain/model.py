@@ -1,6 +1,7 @@
 """The decoder: one for all families. What differs between them is data (`config.Model`).
 
-batch, seq: tokens, `batch` split over replica x fsdp x expert and `seq` over context.  embed: residual stream.
+batch, seq: sequences, `batch` split over replica x fsdp x expert and `seq` over context.  token: batch * seq, the
+form in which everything but attention takes them.  embed: residual stream.
 Everything here runs inside `jax.shard_map` (step.py); shapes are those of one device.
 """
 
@@ -52,10 +53,10 @@ class Block(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch seq embed"],
+        x: Float[Array, "token embed"],
         positions: Int32[Array, "batch seq"],
         segments: Int32[Array, "batch seq"],
-    ) -> Float[Array, "batch seq embed"]:
+    ) -> Float[Array, "token embed"]:
         h = self.attention(self.attention_norm(x), positions, segments)
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
         h = self.mlp(self.mlp_norm(x))
@@ -92,7 +93,7 @@ class LM(eqx.Module):
             compute_dtype=compute_dtype,
         )
 
-    def embed(self, tokens: Int32[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+    def embed(self, tokens: Int32[Array, "token"]) -> Float[Array, "token embed"]:
         x = self.embedding(tokens, jnp.dtype(self.compute_dtype))
         return x * jnp.asarray(self.cfg.embed**0.5, x.dtype) if self.cfg.embed_scale else x
 
@@ -104,16 +105,16 @@ class LM(eqx.Module):
         *,
         scan: bool = True,
         remat: Remat = "none",
-    ) -> Float[Array, "batch seq embed"]:
+    ) -> Float[Array, "token embed"]:
         """Normalised hidden states, the input of the output head.
 
         positions: count from 0 within each document.  segments: number a row's documents from 1; 0 is padding.
         scan: one compiled body per stage; otherwise the layers are unrolled, over the same stacked parameters.
         """
-        x = self.embed(tokens)
+        x = self.embed(tokens.reshape(-1))
         apply = lambda block, x: block(x, positions, segments)
 
-        def body(x: Float[Array, "batch seq embed"], blocks: tuple[Block, ...]) -> tuple[Float[Array, "..."], None]:
+        def body(x: Float[Array, "token embed"], blocks: tuple[Block, ...]) -> tuple[Float[Array, "..."], None]:
             for block in blocks:
                 x = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=not scan)(block, x)
             return x, None

@@ -20,9 +20,8 @@ ALL_TOKENS = (*DATA_AXES, "context")  # the axes that different tokens are on
 def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
     """The first `mesh.devices` devices. Raises ConfigError if there are fewer."""
     if mesh.devices > jax.device_count():
-        axes = " x ".join(f"mesh.{n}={s}" for n, s in zip(AXES, mesh.sizes, strict=True) if s > 1)
         raise ConfigError(
-            f"{axes} needs {mesh.devices} devices, this machine has {jax.device_count()}; "
+            f"mesh {describe(mesh)} needs {mesh.devices} devices, this machine has {jax.device_count()}; "
             "use smaller axes, or --check to trace the step without them"
         )
     devices = jax.devices()[: mesh.devices]
@@ -32,6 +31,11 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
     """The same mesh without devices, for tracing at any size."""
     return AbstractMesh(mesh.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def describe(mesh: MeshConfig) -> str:
+    axes = [f"{name} {size}" for name, size in zip(AXES, mesh.sizes, strict=True) if size > 1]
+    return " x ".join(axes) or "1"
 
 
 def spec(weight: Weight) -> P:

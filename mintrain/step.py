@@ -20,6 +20,7 @@ from mintrain.optim import optimizer, schedule
 from mintrain.sharding import BATCH, named, place, specs, state_specs
 
 AnyMesh = Mesh | AbstractMesh
+EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
 
 
 class State(eqx.Module):
@@ -122,7 +123,7 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(cfg: Config, mesh: AnyMesh) -> Callable[[LM, Batch], Float32[Array, ""]]:
+def make_eval_step(cfg: Config, mesh: AnyMesh) -> EvalStep:
     """The summed negative log-likelihood of a batch, in nats."""
     loss = sharded_loss(cfg, mesh, abstract_state(cfg, mesh).model)
 
@@ -160,7 +161,7 @@ def _sharded_logits(mesh: Mesh, layouts: LM) -> Callable[..., Float32[Array, "ba
     def forward(model: LM, *inputs: Int32[Array, "batch seq"]) -> Float32[Array, "batch seq vocab"]:
         x = model(*inputs)
         table = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", model.output_table, x.dtype)
-        return output_logits(x, table, model.cfg.final_softcap)
+        return output_logits(x, table, model.cfg.final_softcap).reshape(*inputs[0].shape, -1)
 
     return jax.jit(
         jax.shard_map(forward, mesh=mesh, in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))

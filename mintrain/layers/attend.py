@@ -1,7 +1,7 @@
 """Who sees whom, and attention itself. Logits and softmax are float32 by declaration, masks boolean.
 
-batch: sequences.  query, key: positions on either side.  kv_heads, group: query head h = kv_heads * group.
-head: width of a head.
+batch: sequences.  query, key: positions on either side.  kv_heads, group: the query heads that share a key head.
+head: width of a head.  Heads stand before positions, as the matrix products want them.
 """
 
 import jax
@@ -27,13 +27,13 @@ def visible(
 
 
 def attention_logits(
-    q: Float[Array, "batch query kv_heads group head"],
-    k: Float[Array, "batch key kv_heads head"],
+    q: Float[Array, "batch kv_heads group query head"],
+    k: Float[Array, "batch kv_heads key head"],
     scale: float,
     softcap: float | None,
 ) -> Float32[Array, "batch kv_heads group query key"]:
     """`scale * q·k`, soft-capped. Products of bfloat16 are exact in float32, so the inputs are not cast."""
-    logits = scale * jnp.einsum("bqngh,bknh->bngqk", q, k, preferred_element_type=jnp.float32)
+    logits = scale * jnp.einsum("bngqh,bnkh->bngqk", q, k, preferred_element_type=jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -49,12 +49,12 @@ def masked_softmax(
 
 
 def attend(
-    q: Float[Array, "batch query kv_heads group head"],
-    k: Float[Array, "batch key kv_heads head"],
-    v: Float[Array, "batch key kv_heads head"],
+    q: Float[Array, "batch kv_heads group query head"],
+    k: Float[Array, "batch kv_heads key head"],
+    v: Float[Array, "batch kv_heads key head"],
     mask: Bool[Array, "batch query key"],
     scale: float,
     softcap: float | None,
-) -> Float[Array, "batch query kv_heads group head"]:
+) -> Float[Array, "batch kv_heads group query head"]:
     weights = masked_softmax(attention_logits(q, k, scale, softcap), mask)
-    return jnp.einsum("bngqk,bknh->bqngh", weights.astype(v.dtype), v)
+    return jnp.einsum("bngqk,bnkh->bngqh", weights.astype(v.dtype), v)

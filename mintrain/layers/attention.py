@@ -1,12 +1,13 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) of Gemma 2, 3 and 4; one module, configured by data.
 
-batch, seq: tokens, `seq` split over `context`.  embed: residual stream.  kv_heads, group: query head
-h = kv_heads * group.  head: width of a head.
+batch, seq: this device's sequences, `seq` split over `context`.  token: batch * seq.  embed: residual stream.
+kv_heads, group: the query heads that share a key head.  head: width of a head.
 """
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
@@ -45,15 +46,19 @@ class Attention(eqx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch seq embed"],
+        x: Float[Array, "token embed"],
         positions: Int32[Array, "batch seq"],
         segments: Int32[Array, "batch seq"],
-    ) -> Float[Array, "batch seq embed"]:
-        c, kv = self.cfg, "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head"
+    ) -> Float[Array, "token embed"]:
+        c, batch = self.cfg, positions.shape[0]
+        kv_layout = "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head"
         w_q = gather("embed/fsdp kv_heads/tensor group head -> embed kv_heads/tensor group head", self.q, x.dtype)
-        q = jnp.einsum("bsd,dngh->bsngh", x, w_q)
-        k = jnp.einsum("bsd,dnh->bsnh", x, gather(kv, self.k, x.dtype))
-        v = k if self.v is None else jnp.einsum("bsd,dnh->bsnh", x, gather(kv, self.v, x.dtype))
+        q = rearrange(jnp.einsum("td,dngh->tngh", x, w_q), "(b s) n g h -> b n g s h", b=batch)
+        k = rearrange(jnp.einsum("td,dnh->tnh", x, gather(kv_layout, self.k, x.dtype)), "(b s) n h -> b n s h", b=batch)
+        v = k
+        if self.v is not None:
+            w_v = gather(kv_layout, self.v, x.dtype)
+            v = rearrange(jnp.einsum("td,dnh->tnh", x, w_v), "(b s) n h -> b n s h", b=batch)
 
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -62,11 +67,11 @@ class Attention(eqx.Module):
         angle = angles(positions, c.rope, c.head_dim)
         q, k = rotate(q, angle), rotate(k, angle)
 
-        keys = "batch seq/context kv_heads/tensor head -> batch seq kv_heads/tensor head"
+        whole = "batch kv_heads/tensor seq/context head -> batch kv_heads/tensor seq head"
         tokens = "batch seq/context -> batch seq"
         mask = visible(positions, all_gather(tokens, positions), segments, all_gather(tokens, segments), c.window)
-        out = attend(q, all_gather(keys, k), all_gather(keys, v), mask, c.scale, c.softcap)
+        out = attend(q, all_gather(whole, k), all_gather(whole, v), mask, c.scale, c.softcap)
 
+        out = rearrange(out, "b n g s h -> (b s) n g h")
         w_o = gather("kv_heads/tensor group head embed/fsdp -> kv_heads/tensor group head embed", self.o, x.dtype)
-        out = jnp.einsum("bsngh,nghd->bsd", out, w_o, preferred_element_type=jnp.float32)
-        return psum(out, "tensor").astype(x.dtype)
+        return psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor").astype(x.dtype)

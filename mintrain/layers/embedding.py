@@ -1,6 +1,6 @@
 """The table of token vectors, split over both of its axes. It is never gathered whole for a lookup.
 
-batch, seq: tokens.  vocab: table rows, split over `tensor`.  embed: residual stream, split over `fsdp`.
+token: all tokens of this device.  vocab: table rows, split over `tensor`.  embed: residual stream, split over `fsdp`.
 """
 
 import equinox as eqx
@@ -20,14 +20,14 @@ class Embedding(eqx.Module):
         """Rows of norm 1, so that a tied head starts with logits of about unit size."""
         return Embedding(normal(key, (vocab, embed), fan_in=embed))
 
-    def __call__(self, tokens: Int32[Array, "batch seq"], dtype: jnp.dtype) -> Float[Array, "batch seq embed"]:
+    def __call__(self, tokens: Int32[Array, "token"], dtype: jnp.dtype) -> Float[Array, "token embed"]:
         """Each device looks up the tokens of its whole fsdp group in its columns, then trades them for its rows.
 
         Tokens must be below the vocabulary size: an id beyond it gets the zero vector.
         """
         rows = self.table.shape[0]
-        local = all_gather("batch/fsdp seq -> batch seq", tokens) - rows * jax.lax.axis_index("tensor")
+        local = all_gather("token/fsdp -> token", tokens) - rows * jax.lax.axis_index("tensor")
         mine = (local >= 0) & (local < rows)
         vectors = jnp.take(self.table, jnp.where(mine, local, 0), axis=0).astype(dtype)
-        vectors = psum(jnp.where(mine[..., None], vectors, 0), "tensor")  # one device has it: exact in any dtype
-        return all_to_all("batch seq embed/fsdp -> batch/fsdp seq embed", vectors)
+        vectors = psum(jnp.where(mine[:, None], vectors, 0), "tensor")  # one device has it: exact in any dtype
+        return all_to_all("token embed/fsdp -> token/fsdp embed", vectors)

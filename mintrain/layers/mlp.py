@@ -1,6 +1,6 @@
 """Gated MLP (Shazeer 2020, arXiv 2002.05202).
 
-batch, seq: tokens.  embed: residual stream.  ff: hidden width, split over `tensor`.
+token: all tokens of this device.  embed: residual stream.  ff: hidden width, split over `tensor`.
 """
 
 import equinox as eqx
@@ -31,11 +31,11 @@ class MLP(eqx.Module):
             activation=c.activation,
         )
 
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    def __call__(self, x: Float[Array, "token embed"]) -> Float[Array, "token embed"]:
         inward = "embed/fsdp ff/tensor -> embed ff/tensor"
-        gate = jnp.einsum("bsd,df->bsf", x, gather(inward, self.gate, x.dtype))
-        up = jnp.einsum("bsd,df->bsf", x, gather(inward, self.up, x.dtype))
+        gate = jnp.einsum("td,df->tf", x, gather(inward, self.gate, x.dtype))
+        up = jnp.einsum("td,df->tf", x, gather(inward, self.up, x.dtype))
         hidden = ACTIVATIONS[self.activation](gate) * up
         down = gather("ff/tensor embed/fsdp -> ff/tensor embed", self.down, x.dtype)
-        out = jnp.einsum("bsf,fd->bsd", hidden, down, preferred_element_type=jnp.float32)
+        out = jnp.einsum("tf,fd->td", hidden, down, preferred_element_type=jnp.float32)
         return psum(out, "tensor").astype(x.dtype)

@@ -25,10 +25,10 @@ def angles(positions: Int32[Array, "batch seq"], rope: config.Rope, head: int) -
 
 
 def rotate(
-    x: Float[Array, "batch seq *heads head"], angle: Float32[Array, "batch seq half"]
-) -> Float[Array, "batch seq *heads head"]:
+    x: Float[Array, "batch *heads seq head"], angle: Float32[Array, "batch seq half"]
+) -> Float[Array, "batch *heads seq head"]:
     """Rotate in float32, return in the dtype of `x`."""
-    angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
+    angle = jnp.expand_dims(angle, range(1, x.ndim - 2))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     u, v = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([u * cos - v * sin, v * cos + u * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,70 @@
+"""Checkpoints by orbax: asynchronous, atomic, the last few kept, restored onto any mesh.
+
+Orbax is slow to import (2.4 s), so it is imported when the first checkpoint is read or written.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+
+from mintrain.arrays import check
+from mintrain.config import ConfigError
+from mintrain.step import State
+
+COMMITTED = "_CHECKPOINT_METADATA"  # orbax writes it last, then renames the folder into place
+
+
+class Checkpoints:
+    """The checkpoints of one run. Folders that a killed process left half-written are removed."""
+
+    def __init__(self, folder: Path, keep: int):
+        """Raises ConfigError if `folder` holds something that is not a checkpoint, and touches nothing then."""
+        self.folder, self.keep, self.manager = folder.resolve(), keep, None
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        partial = [entry for entry in entries if ".orbax-checkpoint-tmp" in entry.name]
+        whole = [entry for entry in entries if entry not in partial]
+        for entry in whole:
+            if not (entry.name.isdecimal() and (entry / COMMITTED).is_file() and (entry / "default").is_dir()):
+                raise ConfigError(f"{entry} is not a checkpoint of this run; move it away")
+        for entry in partial:
+            shutil.rmtree(entry)
+        self.steps = sorted(int(entry.name) for entry in whole)
+
+    @property
+    def latest(self) -> int | None:
+        return self.steps[-1] if self.steps else None
+
+    def restore(self, abstract: State) -> State:
+        """The latest state, with the shapes, dtypes and layouts of `abstract`. Raises ConfigError if it differs."""
+        import orbax.checkpoint as ocp
+
+        try:
+            state = self._manager().restore(self.latest, args=ocp.args.StandardRestore(abstract))
+            check(state.model)
+        except Exception as error:  # orbax raises whatever its parts raise
+            reason = str(error).strip().splitlines()[0][:300]
+            raise ConfigError(
+                f"{self.folder / str(self.latest)} cannot be restored: {reason}; remove it to go on from the one before"
+            ) from error
+        return state
+
+    def save(self, step: int, state: State) -> None:
+        """Start writing. The arrays are copied off the devices before this returns, so the state may be donated."""
+        import orbax.checkpoint as ocp
+
+        if step not in self.steps:
+            self._manager().save(step, args=ocp.args.StandardSave(state))
+            self.steps.append(step)
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        if self.manager is not None:
+            self.manager.close()
+
+    def _manager(self):
+        import orbax.checkpoint as ocp
+
+        if self.manager is None:
+            self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=self.keep))
+        return self.manager

@@ -1,0 +1,186 @@
+"""Tiny checkpoints written by Hugging Face transformers, and what transformers computes from them.
+
+`cases/NAME/` is a checkpoint folder; `config_hub.json` is the same config in the older spelling of the official
+checkpoints. `reference.safetensors` holds the inputs, the logits, the loss, the hidden states and the gradient norms.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+from mintrain import hf, load_hf, logits, sharding, step
+from mintrain.arrays import check, weights
+from mintrain.config import Config, ConfigError, Data
+from mintrain.layers.rope import frequencies
+from mintrain.loss import Batch
+from mintrain.model import LM
+
+HERE = Path(__file__).parent
+# The mean error of bfloat16 logits that transformers itself makes against exact arithmetic on the same weights.
+CASES = {"gemma2": 0.015, "gemma3": 0.015, "gemma4-dense": 0.06}
+REAL = json.loads((HERE / "real_configs.json").read_text())
+
+
+def config_of(name: str, file: str = "config.json"):
+    return hf.model_config(json.loads((HERE / "cases" / name / file).read_text()))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """The name, the model in float32 and the reference."""
+    folder = HERE / "cases" / request.param
+    return request.param, load_hf(folder), load_file(folder / "reference.safetensors")
+
+
+def test_both_config_dialects_describe_the_same_model():
+    for name in CASES:
+        assert config_of(name) == config_of(name, "config_hub.json")
+
+
+def test_logits(case):
+    _, model, reference = case
+    ours = logits(model, reference["input_ids"])
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, reference["logits"], rtol=0, atol=5e-4)
+
+
+def test_hidden_states(case):
+    _, model, reference = case
+    tokens = reference["input_ids"]
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+
+    def states(model: LM, *inputs):
+        x = [model.embed(inputs[0])]
+        for stage, blocks in zip(model.cfg.stages, model.stages, strict=True):
+            for i in range(stage.repeats):
+                for block in jax.tree.map(lambda w, i=i: w[i], blocks):
+                    x.append(block(x[-1], *inputs[1:]))
+        return *x, model.norm(x[-1])
+
+    names = ["hidden.embed", *(f"hidden.{i}" for i in range(len(model.cfg.layers))), "hidden.norm"]
+    layout = P(*sharding.BATCH[1:], None)
+    ours = tiny.sharded(states, model, *[layout] * len(names))(tokens, positions, np.ones_like(tokens))
+    for name, x in zip(names, ours, strict=True):
+        np.testing.assert_allclose(x, reference[name], rtol=0, atol=2e-3, err_msg=name)
+
+
+def test_loss_and_the_norm_of_every_gradient(case):
+    _, model, reference = case
+    tokens = reference["input_ids"]
+    cfg = Config(model.cfg, data=Data(seq_len=tokens.shape[1]), per_device_batch_size=len(tokens))
+    place = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    counted = (place < tokens.shape[1] - 1).astype(np.float32)  # the last token has no target
+    arrays = tokens, np.roll(tokens, -1, axis=1), place, np.ones_like(tokens), counted
+    mesh = model.norm.scale.sharding.mesh
+    batch = Batch(*jax.device_put(arrays, NamedSharding(mesh, P(*sharding.BATCH[1:]))))
+    loss = step.sharded_loss(cfg, mesh, model)
+    (mean, total), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model, batch, jnp.float32(counted.sum()))
+
+    np.testing.assert_allclose(mean, reference["loss"], rtol=0, atol=5e-4)
+    np.testing.assert_allclose(total / counted.sum(), reference["loss"], rtol=0, atol=5e-4)
+
+    ours = {}
+    for weight, (names, _) in zip(weights(grads), hf.rows(model), strict=True):
+        layers = np.asarray(weight.value) if weight.stacked else np.asarray(weight.value)[None]
+        if weight.buffer:
+            assert not layers.any(), weight.path  # transformers does not train it either
+        else:
+            ours |= {f"grad_norm.model.{n}": np.linalg.norm(x) for n, x in zip(names, layers, strict=True)}
+    expected = {name: norm for name, norm in reference.items() if name.startswith("grad_norm.")}
+    assert ours.keys() == expected.keys()
+    for name, norm in expected.items():
+        np.testing.assert_allclose(ours[name], norm, rtol=1e-3, err_msg=name)
+
+
+def test_rope_frequencies():
+    for name in CASES:
+        reference = load_file(HERE / "cases" / name / "reference.safetensors")
+        for layer in config_of(name).layers:
+            kind = "full_attention" if layer.attention.window is None else "sliding_attention"
+            expected = reference.get(f"rope.{kind}.inv_freq", reference.get("rope.all.inv_freq"))
+            ours = frequencies(layer.attention.rope, layer.attention.head_dim)
+            np.testing.assert_allclose(ours, expected, rtol=1e-6, err_msg=f"{name} {kind}")
+
+
+def test_bfloat16_logits_are_as_good_as_those_of_transformers(case):
+    name, exact, reference = case
+    model = load_hf(HERE / "cases" / name, dtype="bfloat16")
+    check(model)  # its parameters are float32 all the same
+    rounded = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), tree)
+    ours, exactly = (logits(rounded(m), reference["input_ids"]) for m in (model, exact))
+    assert ours.dtype == jnp.float32
+    assert 0 < np.abs(ours - exactly).mean() < CASES[name]
+
+
+def copy_case(name: str, to: Path, change) -> Path:
+    """A checkpoint folder after `change(config, tensors)`, which may edit the tensors or return others."""
+    config = json.loads((HERE / "cases" / name / "config.json").read_text())
+    tensors = load_file(HERE / "cases" / name / "model.safetensors")
+    config, tensors = change(config, tensors)
+    (to / "config.json").write_text(json.dumps(config))
+    save_file(tensors, to / "model.safetensors")
+    return to
+
+
+def test_everything_wrong_with_a_checkpoint_is_listed_at_once(tmp_path):
+    def change(config, tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(5, np.float32)
+        tensors["model.layers.2.self_attn.o_proj.weight"] = np.zeros((7, 11), np.float32)
+        tensors["model.layers.3.input_layernorm.weight"] = np.zeros(63, np.float32)
+        return config, tensors
+
+    with pytest.raises(ConfigError) as error:
+        load_hf(copy_case("gemma3", tmp_path, change))
+    for part in (
+        "5 tensors",
+        "missing layers.1.mlp.up_proj.weight",
+        "missing norm.weight",
+        "surplus layers.0.self_attn.q_proj.bias",
+        "model.layers.2.self_attn.o_proj.weight has shape (7, 11)",
+        "model.layers.3.input_layernorm.weight has shape (63,)",
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_config_and_an_unknown_family_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="config.json"):
+        load_hf(tmp_path)
+    with pytest.raises(ConfigError, match="'llama'"):
+        hf.model_config({"model_type": "llama"})
+
+
+@pytest.mark.parametrize("name, prefix", [("gemma4-dense", "model.language_model."), ("gemma3", "language_model.model.")])
+def test_multimodal_checkpoints_load(name, prefix, tmp_path):
+    def change(config, tensors):
+        nested = {"model_type": name[:6], "text_config": config, "vision_config": {}}
+        return nested, {prefix + key.removeprefix("model."): value for key, value in tensors.items()}
+
+    plain, nested = load_hf(HERE / "cases" / name), load_hf(copy_case(name, tmp_path, change))
+    assert jax.tree.structure(nested) == jax.tree.structure(plain)
+    jax.tree.map(np.testing.assert_array_equal, nested, plain)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_released_sizes_have_exactly_the_published_number_of_parameters(name):
+    real = REAL[name]
+    shapes = jax.eval_shape(lambda: LM.init(hf.model_config(real["config"]), "bfloat16", key=jax.random.key(0)))
+    sizes = [(w.buffer, w.value.size) for w in weights(shapes)]
+    assert sum(size for buffer, size in sizes if not buffer) == real["total"]
+    assert sum(size for buffer, size in sizes if buffer) == real["buffers"]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_pattern_of_layers_is_derived_where_a_config_leaves_it_out(name):
+    config = REAL[name]["config"]
+    assert hf.model_config({k: v for k, v in config.items() if k != "layer_types"}) == hf.model_config(config)

@@ -1,0 +1,58 @@
+"""A Gemma-like model that trains in milliseconds. All its dims differ, so that a swapped axis is an error."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mintrain import sharding, step
+from mintrain.config import MLP, Attention, Config, Data, Layer, Model, Optim, stages
+from mintrain.loss import Batch
+from mintrain.model import LM
+
+LOCAL = Attention(heads=12, kv_heads=4, head_dim=10, scale=10**-0.5, qk_norm=True, window=5)
+GLOBAL = dataclasses.replace(LOCAL, kv_heads=2, head_dim=14, window=None, softcap=20.0, k_is_v=True, v_norm=True)
+PATTERN = (Layer(LOCAL, MLP(28)), Layer(GLOBAL, MLP(28), scalar=True))
+MODEL = Model(vocab=74, embed=40, stages=stages(PATTERN, 4), norm_offset=1.0, final_softcap=30.0)
+CONFIG = Config(
+    model=MODEL,
+    data=Data(seq_len=16),
+    optim=Optim(lr=1e-2, warmup=2),
+    steps=5,
+    per_device_batch_size=8,
+    compute_dtype="float32",
+)
+
+
+def new_model(model: Model = MODEL, compute_dtype: str = "float32", seed: int = 0) -> LM:
+    """Random parameters on a mesh of one device."""
+    cfg = dataclasses.replace(CONFIG, model=model, compute_dtype=compute_dtype, seed=seed)
+    return step.new_state(cfg, sharding.make_mesh(cfg.mesh)).model
+
+
+def batch(seed: int, rows: int = 8, seq: int = 16) -> Batch:
+    """Two documents in each row, of which the second starts at token 7; a fifth of the targets does not count."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, MODEL.vocab, (rows, seq + 1)).astype(np.int32)
+    weights = (rng.random((rows, seq)) < 0.8).astype(np.float32)
+    place = np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq))
+    positions, segments = np.where(place < 7, place, place - 7), 1 + (place >= 7)
+    arrays = tokens[:, :-1], tokens[:, 1:], positions.astype(np.int32), segments.astype(np.int32), weights
+    return Batch(*(jax.numpy.asarray(a) for a in arrays))
+
+
+def on_mesh(cfg: Config, mesh: jax.sharding.Mesh, rows: Batch) -> Batch:
+    """The microbatches of `cfg` on their devices."""
+    abstract = step.abstract_batch(cfg, mesh)
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x).reshape(s.shape), s.sharding), rows, abstract)
+
+
+def sharded(function: Callable, model: LM, *out_specs: P) -> Callable:
+    """`function(model, tokens, positions, segments)` inside `shard_map`, on the mesh that `model` lies on."""
+    layout = NamedSharding(model.norm.scale.sharding.mesh, P(*sharding.BATCH[1:]))
+    in_specs = (sharding.specs(model), *[layout.spec] * 3)
+    mapped = jax.jit(jax.shard_map(function, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs))
+    return lambda *inputs: mapped(model, *jax.device_put(inputs, layout))

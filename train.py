@@ -1,0 +1,139 @@
+"""The program: `python train.py [CONFIG] [options]`. Read it from the top to the bottom and you have seen a run.
+
+From here to the mathematics: make_train_step (mintrain/step.py) -> next_token_loss (loss.py) -> LM (model.py).
+Exit codes: 0 done; 1 crashed or not finite; 2 the config or the data is wrong; 75 told to stop, saved, run again.
+"""
+
+import signal
+import sys
+import time
+
+START = time.perf_counter()
+stop_requested = False
+
+
+def request_stop(number: int, _) -> None:
+    """SIGTERM or Ctrl-C: the loop saves at the next step boundary. A second one kills."""
+    global stop_requested
+    stop_requested = True
+    signal.signal(number, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGTERM, request_stop)
+signal.signal(signal.SIGINT, request_stop)
+
+from functools import partial  # noqa: E402
+
+import jax  # noqa: E402
+
+from mintrain import check, generate, metrics, options, sharding, step  # noqa: E402
+from mintrain.checkpoint import Checkpoints  # noqa: E402
+from mintrain.config import Config, ConfigError  # noqa: E402
+from mintrain.data import Stream, heldout_batches, load_data, train_batch  # noqa: E402
+from mintrain.tokenizer import Tokenizer  # noqa: E402
+
+IMPORTED = time.perf_counter()
+
+
+def train(cfg: Config) -> int:
+    """Train until `cfg.steps` or until told to stop. Returns the exit code."""
+    folder = metrics.open_run(cfg)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
+    mesh = sharding.make_mesh(cfg.mesh)
+    abstract, shapes = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
+    sharding.validate(cfg, abstract.model)
+    text, heldout, tokenizer = load_data(cfg)
+    state = step.new_state(cfg, mesh) if checkpoints.latest is None else checkpoints.restore(abstract)
+    at = int(state.step)
+    (folder / "config.json").write_text(options.to_json(cfg))
+    log = metrics.Log(folder, at, cfg, text.bytes_per_token)
+    print(f"{folder}: step {at} of {cfg.steps}, {cfg.batch_size} x {cfg.data.seq_len} tokens a step,", end=" ")
+    print(f"mesh {sharding.describe(cfg.mesh)} of {jax.device_count()} {jax.default_backend()} devices")
+
+    if at < cfg.steps and not stop_requested:
+        train_step = compile_step(cfg, mesh, abstract, shapes)
+    evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log)
+    nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running
+    while True:
+        boundary = stop_requested or at == cfg.steps or (at and at % cfg.checkpoint_every == 0)
+        evaluating = (at == cfg.steps or (at and at % cfg.eval_every == 0)) and not log.evaluated(at)
+        if pending is not None and (boundary or evaluating):
+            nonfinite, pending = log.step(*pending, nonfinite), None
+        if nonfinite >= cfg.max_nonfinite or boundary:
+            checkpoints.save(at, state)
+        if nonfinite >= cfg.max_nonfinite:
+            print(f"stopped at step {at}: {nonfinite} steps in a row had a loss or gradient that was not finite")
+        elif evaluating and not stop_requested:
+            evaluation(state, at)
+        if nonfinite >= cfg.max_nonfinite or stop_requested or at == cfg.steps:
+            break
+        state, result = train_step(state, train_batch(text, shapes, at, cfg.seed))
+        at += 1
+        if pending is not None:
+            nonfinite = log.step(*pending, nonfinite)
+        pending = (at, result)
+
+    checkpoints.close()
+    log.plot()
+    if nonfinite >= cfg.max_nonfinite:
+        return 1
+    if at < cfg.steps:
+        print(f"told to stop: step {at} is saved, the same command goes on from there")
+        return 75
+    print(f"done: {folder}; --steps trains on, --run NAME starts another run")
+    return 0
+
+
+def compile_step(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: step.Batch) -> jax.stages.Compiled:
+    """Trace, which checks every contract, then compile; says where the time since the start went."""
+    ready = time.perf_counter()
+    traced = step.make_train_step(cfg, mesh).trace(state, batch)
+    traced_at = time.perf_counter()
+    compiled = traced.lower().compile()
+    print(
+        f"import {IMPORTED - START:.1f}s  data and state {ready - IMPORTED:.1f}s  "
+        f"trace {traced_at - ready:.1f}s  compile {time.perf_counter() - traced_at:.1f}s"
+    )
+    return compiled
+
+
+def evaluate(
+    cfg: Config,
+    eval_step: step.EvalStep,
+    heldout: Stream,
+    shapes: step.Batch,
+    tokenizer: Tokenizer,
+    log: metrics.Log,
+    state: step.State,
+    at: int,
+) -> None:
+    """Held-out loss, a sample of text and the picture. Gives up between batches when told to stop."""
+    nll, count = 0.0, 0
+    for batch, targets in heldout_batches(heldout, shapes, cfg.eval_batches):
+        if stop_requested:
+            return
+        nll, count = nll + float(eval_step(state.model, batch)), count + targets
+    if cfg.sample_tokens:
+        prompt = [tokenizer.bos, *next(tokenizer.encode([cfg.sample_prompt]))]
+        ids = generate.sample(state.model, prompt, cfg.sample_tokens, state.key, 0.8, cfg.data.seq_len)
+        log.sample(at, tokenizer.decode(ids[1:]))
+    log.evaluation(at, nll / count, heldout.bytes_per_token)
+
+
+def main(argv: list[str]) -> int:
+    try:
+        cfg, action = options.load(argv)
+        if action == "print":
+            print(options.to_json(cfg))
+            return 0
+        if action == "check":
+            print(check.report(cfg))
+            return 0
+        return train(cfg)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
