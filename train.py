@@ -50,8 +50,7 @@ def train(cfg: Config) -> int:
     print(f"{folder}: step {at} of {cfg.steps}, {cfg.batch_size} x {cfg.data.seq_len} tokens a step,", end=" ")
     print(f"mesh {sharding.describe(cfg.mesh)} of {jax.device_count()} {jax.default_backend()} devices")
 
-    if at < cfg.steps and not stop_requested:
-        train_step = compile_step(cfg, mesh, abstract, shapes)
+    train_step = None
     evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log)
     nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running
     while True:
@@ -67,6 +66,10 @@ def train(cfg: Config) -> int:
             evaluation(state, at)
         if nonfinite >= cfg.max_nonfinite or stop_requested or at == cfg.steps:
             break
+        if train_step is None:
+            train_step = compile_step(cfg, mesh, abstract, shapes)
+        if pending is None:
+            log.restart(at)
         state, result = train_step(state, train_batch(text, shapes, at, cfg.seed))
         at += 1
         if pending is not None:

@@ -5,7 +5,9 @@ from mintrain.config import MLP, Attention, Config, Data, Layer, Model, Optim, R
 both = dict(heads=4, scale=1.0, qk_norm=True, v_norm=True)
 mlp = MLP(width=56)
 local = Attention(**both, kv_heads=4, head_dim=12, window=9, q_norm_init=12**-0.5)
-globe = Attention(**both, kv_heads=2, head_dim=20, k_is_v=True, rope=Rope(theta=1e6, fraction=0.25), q_norm_init=20**-0.5)
+globe = Attention(
+    **both, kv_heads=2, head_dim=20, k_is_v=True, rope=Rope(theta=1e6, fraction=0.25), q_norm_init=20**-0.5
+)
 
 config = Config(
     model=Model(

@@ -62,7 +62,8 @@ def forward_flops(cfg: Config) -> int:
     mesh = abstract_mesh(cfg.mesh)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     micro = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=x.sharding.update(spec=x.sharding.spec[1:])), batch
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=x.sharding.update(spec=x.sharding.spec[1:])),
+        batch,
     )
     loss = sharded_loss(cfg, mesh, state.model)
     traced = jax.jit(loss).trace(state.model, micro, jax.ShapeDtypeStruct((), jax.numpy.float32))

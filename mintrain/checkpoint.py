@@ -6,8 +6,6 @@ Orbax is slow to import (2.4 s), so it is imported when the first checkpoint is 
 import shutil
 from pathlib import Path
 
-import jax
-
 from mintrain.arrays import check
 from mintrain.config import ConfigError
 from mintrain.step import State
@@ -66,5 +64,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if self.manager is None:
-            self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=self.keep))
+            self.manager = ocp.CheckpointManager(
+                self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=self.keep)
+            )
         return self.manager

@@ -94,7 +94,9 @@ def _open(path: Path, tokenizer: Tokenizer) -> Stream:
     dtype = np.dtype(np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32)
     if kinds[-1] == ".bin":
         if path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
-            raise ConfigError(f"data.path={path} has {path.stat().st_size} bytes, not whole {dtype} tokens; write it again")
+            raise ConfigError(
+                f"data.path={path} has {path.stat().st_size} bytes, not whole {dtype} tokens; write it again"
+            )
         stream = Stream(str(path), np.memmap(path, dtype, mode="r"), tokenizer.vocab, tokenizer.bos, None)
         if (largest := stream.ids[:SCAN].max()) >= tokenizer.vocab:
             raise ConfigError(
@@ -133,6 +135,7 @@ def _encode(path: Path, kind: str, tokenizer: Tokenizer, dtype: np.dtype, target
 
 
 def _documents(path: Path, kind: str) -> Iterator[str]:
+    number = 0
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
             if kind == ".txt":
@@ -203,7 +206,9 @@ def train_start(stream: Stream, index: int, length: int, seed: int) -> int:
 def train_batch(stream: Stream, abstract: Batch, step: int, seed: int) -> Batch:
     accumulate, batch, length = abstract.tokens.shape
     first = step * accumulate * batch
-    return _assemble(stream, abstract, [train_start(stream, first + i, length, seed) for i in range(accumulate * batch)])
+    return _assemble(
+        stream, abstract, [train_start(stream, first + i, length, seed) for i in range(accumulate * batch)]
+    )
 
 
 def heldout_batches(stream: Stream, abstract: Batch, limit: int) -> Iterator[tuple[Batch, int]]:

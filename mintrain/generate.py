@@ -17,7 +17,9 @@ from mintrain.model import LM
 from mintrain.sharding import AXES, specs
 
 
-def sample(model: LM, prompt: list[int], tokens: int, key: UInt32[Array, "2"], temperature: float, window: int) -> list[int]:
+def sample(
+    model: LM, prompt: list[int], tokens: int, key: UInt32[Array, "2"], temperature: float, window: int
+) -> list[int]:
     """Continue `prompt` by `tokens` tokens, up to `window` in all. Every device of the mesh makes the same text."""
     mesh = model.norm.scale.sharding.mesh
     ids = np.zeros(window, np.int32)
@@ -48,6 +50,4 @@ def _sampler(mesh: Mesh, layouts: LM) -> Callable[..., Int32[Array, "devices win
         return jax.lax.fori_loop(start, end, following, ids)[None]
 
     scalar = P()
-    return jax.jit(
-        jax.shard_map(run, mesh=mesh, in_specs=(layouts, *(scalar,) * 5), out_specs=P(AXES))
-    )
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(layouts, *(scalar,) * 5), out_specs=P(AXES)))

@@ -73,9 +73,10 @@ def _layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.Layer:
     head, kv_heads = hf["head_dim"], hf["num_key_value_heads"]
     k_is_v = full and bool(hf.get("attention_k_eq_v"))
     if family == "gemma4" and full:
-        own = hf.get("per_layer_config", {}).get(str(i), {})
+        own = hf.get("per_layer_config", {}).get(str(i), {})  # transformers 5 writes this, the hub the fields below
         head = own.get("head_dim", hf.get("global_head_dim") or head)
-        kv_heads = own.get("num_key_value_heads", (hf.get("num_global_key_value_heads") if k_is_v else None) or kv_heads)
+        shared = hf.get("num_global_key_value_heads") if k_is_v else None
+        kv_heads = own.get("num_key_value_heads", shared or kv_heads)
     return config.Layer(
         attention=config.Attention(
             heads=hf["num_attention_heads"],
@@ -142,7 +143,7 @@ def _read(array: np.ndarray, axes: str, weight: Weight) -> np.ndarray | None:
     return array if array.shape == shape else None
 
 
-def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh = config.Mesh()) -> LM:
+def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None = None) -> LM:
     """Read a Hugging Face checkpoint folder. Returns the model, placed on `mesh` (one device by default).
 
     dtype: "float32" or "bfloat16", in which the model computes; its weights are kept in float32.
@@ -155,9 +156,9 @@ def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh = conf
         raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     cfg = model_config(json.loads((folder / "config.json").read_text()))
     shapes = jax.eval_shape(lambda: LM.init(cfg, dtype, key=jax.random.key(0)))
-    devices = sharding.make_mesh(mesh)
+    devices = sharding.make_mesh(mesh or config.Mesh())
     handles = [safe_open(file, framework="numpy") for file in sorted(folder.glob("model*.safetensors"))]
-    files = {_strip(name): (handle, name) for handle in handles for name in handle.keys()}
+    files = {_strip(name): (handle, name) for handle in handles for name in handle.keys()}  # noqa: SIM118
     problems, leaves = [], []
     for weight, (names, axes) in zip(weights(shapes), rows(shapes), strict=True):
         layers = []

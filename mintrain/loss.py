@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from mintrain.collectives import all_gather, psum
+from mintrain.collectives import psum
 from mintrain.layers.linear import gather
 from mintrain.model import LM, Remat
 from mintrain.sharding import ALL_TOKENS

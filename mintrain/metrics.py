@@ -27,7 +27,9 @@ def open_run(cfg: Config) -> Path:
         old, new = _flat(data), _flat(json.loads(options.to_json(cfg)))
         changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         if model := [change for change in changed if change.startswith("model.")]:
-            raise ConfigError(f"{folder} has another model: {'; '.join(model[:3])}; use another --run, or the old config")
+            raise ConfigError(
+                f"{folder} has another model: {'; '.join(model[:3])}; use another --run or the old config"
+            )
         if changed:
             print(f"changed since the last start: {'; '.join(changed)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,17 +53,20 @@ class Log:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         temporary.rename(self.path)
         self.file = self.path.open("a")
-        self.clock, self.timed = time.perf_counter(), step  # when the steps since `timed` began
+        self.restart(step)
+
+    def restart(self, at: int) -> None:
+        """Time the steps after `at` from now on."""
+        self.clock, self.timed = time.perf_counter(), at
 
     def step(self, at: int, metrics: Metrics, nonfinite: int) -> int:
-        """Wait for a step's metrics, write them if it is their turn, and count the steps in a row that were not finite."""
+        """Wait for a step's metrics, write them if it is their turn; returns the count of steps in a row not finite."""
         finite = bool(metrics.finite)
         if not finite:
             print(f"step {at}: loss {float(metrics.loss)}, grad {float(metrics.grad_norm)}: update not applied")
         if at % self.cfg.log_every == 0 or at == self.cfg.steps or not finite:
-            now = time.perf_counter()
-            step_s = (now - self.clock) / max(at - self.timed, 1)
-            self.clock, self.timed = now, at
+            step_s = (time.perf_counter() - self.clock) / max(at - self.timed, 1)
+            self.restart(at)
             loss = float(metrics.loss)
             record = {
                 "step": at,
@@ -81,9 +86,9 @@ class Log:
     def evaluation(self, at: int, loss: float, bytes_per_token: float | None) -> None:
         bits = self.bits_per_byte(loss, bytes_per_token)
         self._write({"step": at, "val_loss": _json(loss), "val_bits_per_byte": bits})
-        print(f"step {at}/{self.cfg.steps}  held out: loss {loss:.4f}" + (f"  bits/byte {bits:.3f}" if bits else ""), flush=True)
+        shown = "" if bits is None else f"  bits/byte {bits:.3f}"
+        print(f"step {at}/{self.cfg.steps}  held out: loss {loss:.4f}{shown}", flush=True)
         self.plot()
-        self.clock = time.perf_counter()
 
     def evaluated(self, at: int) -> bool:
         return any(record["step"] == at and "val_loss" in record for record in self.records)

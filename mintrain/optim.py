@@ -45,7 +45,9 @@ def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation
     # Trees of the model's type are callable, and optax would call them: hence the lambdas.
     if cfg.name == "adamw":
         decayed = _per_weight(model, lambda weight: len(weight.dims) >= 2)
-        update = optax.adamw(lr, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=lambda _: decayed)
+        update = optax.adamw(
+            lr, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=lambda _: decayed
+        )
     else:
         matrices = _per_weight(model, _matrix)
         update = muon(
@@ -69,4 +71,5 @@ def _matrix(weight: Weight) -> MuonDimensionNumbers | None:
     axes = tuple(range(-len(weight.dims), 0))
     if len(weight.dims) < 2 or "vocab" in weight.dims:
         return None
-    return MuonDimensionNumbers(axes[:1], axes[1:]) if weight.dims[0] == "embed" else MuonDimensionNumbers(axes[:-1], axes[-1:])
+    split = 1 if weight.dims[0] == "embed" else -1  # "embed heads head" reads the stream, "ff embed" writes it
+    return MuonDimensionNumbers(axes[:split], axes[split:])

@@ -41,7 +41,8 @@ def read(path: Path) -> Config:
         config = runpy.run_path(str(path)).get("config")
     except TypeCheckError as error:
         field = re.search(r"parameter '(\w+)'.\n?Actual value: (.*)\nExpected type: (.*)", str(error))
-        raise ConfigError(f"{path}: {'{0}={1} is not of type {2}'.format(*field.groups()) if field else error}") from error
+        line = f"{field[1]}={field[2]} is not of type {field[3]}" if field else str(error).splitlines()[0]
+        raise ConfigError(f"{path}: {line}") from error
     except (TypeError, NameError, SyntaxError, ImportError) as error:
         raise ConfigError(f"{path}: {error}; compare with configs/shakespeare.py") from error
     if not isinstance(config, Config):

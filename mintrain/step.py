@@ -102,9 +102,10 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
             (_, nll), grads = loss_and_grad(state.model, micro, count)
             return add(total, grads), nll
 
-        zeros = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s), state.model, named(mesh, layouts))
+        zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
+        zeros = jax.tree.map(zero, state.model, named(mesh, layouts))
         grads, nll = jax.lax.scan(microbatch, zeros, batch)
-        loss, grad_norm = jnp.sum(nll) / count, optax.global_norm(grads)
+        loss, grad_norm = jnp.sum(nll) / count, optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
@@ -150,8 +151,8 @@ def logits(
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     if segments is None:
         segments = np.ones(tokens.shape, np.int32)
-    layout = NamedSharding(mesh, P(*BATCH[1:]))
-    return _sharded_logits(mesh, specs(model))(model, *jax.device_put((tokens.astype(np.int32), positions, segments), layout))
+    inputs = jax.device_put((tokens.astype(np.int32), positions, segments), NamedSharding(mesh, P(*BATCH[1:])))
+    return _sharded_logits(mesh, specs(model))(model, *inputs)
 
 
 @cache

@@ -53,11 +53,12 @@ def _sentencepiece(path: Path, fingerprint: str) -> Tokenizer:
     try:
         import sentencepiece
     except ImportError as error:
-        raise ConfigError(f"data.tokenizer={path} needs sentencepiece; pip install 'mintrain[sentencepiece]'") from error
+        raise ConfigError(f"data.tokenizer={path} needs sentencepiece; pip install sentencepiece") from error
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"data.tokenizer={path} is not a sentencepiece model: {error}") from error
     if model.bos_id() < 0:
         raise ConfigError(f"data.tokenizer={path} has no begin-of-sentence piece; train it with one")
-    return Tokenizer(model.vocab_size(), model.bos_id(), lambda texts: iter(model.encode(texts)), model.decode, fingerprint)
+    encode = lambda texts: iter(model.encode(texts))
+    return Tokenizer(model.vocab_size(), model.bos_id(), encode, model.decode, fingerprint)

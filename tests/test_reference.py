@@ -160,7 +160,9 @@ def test_a_folder_without_a_config_and_an_unknown_family_are_refused(tmp_path):
         hf.model_config({"model_type": "llama"})
 
 
-@pytest.mark.parametrize("name, prefix", [("gemma4-dense", "model.language_model."), ("gemma3", "language_model.model.")])
+@pytest.mark.parametrize(
+    "name, prefix", [("gemma4-dense", "model.language_model."), ("gemma3", "language_model.model.")]
+)
 def test_multimodal_checkpoints_load(name, prefix, tmp_path):
     def change(config, tensors):
         nested = {"model_type": name[:6], "text_config": config, "vision_config": {}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,236 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mintrain import logits, loss, sharding, step
-from mintrain.config import Mesh, Optim
+from mintrain import arrays, logits, loss, sharding, step
+from mintrain.config import Config, Data, Mesh, Model, Optim
+from mintrain.loss import Batch
+from mintrain.model import LM
 from mintrain.optim import schedule
 
-MUON = dataclasses.replace(tiny.CONFIG, optim=dataclasses.replace(tiny.CONFIG.optim, name="muon"))
-FIRST_FOUR = np.arange(8)[:, None] < 4
+MUON = dataclasses.replace(tiny.CONFIG.optim, name="muon")
 
 
-class Run:
-    """A compiled train step and the state that it starts from, which is the same on every mesh."""
-'''+'''
+@cache
+def first_state(optim: Optim) -> step.State:
+    """The state of step 0, as numpy arrays."""
+    cfg = dataclasses.replace(tiny.CONFIG, optim=optim)
+    return jax.tree.map(np.asarray, step.new_state(cfg, sharding.make_mesh(cfg.mesh)))
+
+
+@cache
+def compiled(cfg: Config):
+    mesh = sharding.make_mesh(cfg.mesh)
+    layouts = jax.tree.map(lambda x: x.sharding, step.abstract_state(cfg, mesh))
+    return step.make_train_step(cfg, mesh), partial(tiny.on_mesh, cfg, mesh), layouts
+
+
+def start(cfg: Config) -> step.State:
+    """The same state on every mesh, in arrays that a step may take over."""
+    return jax.device_put(jax.tree.map(np.array, first_state(cfg.optim)), compiled(cfg)[2])
+
+
+def train(cfg: Config, batches: list[Batch]) -> tuple[np.ndarray, step.State]:
+    """The loss and the gradient norm of each step, and the last state."""
+    train_step, place, _ = compiled(cfg)
+    state, numbers = start(cfg), []
+    for batch in batches:
+        state, metrics = train_step(state, place(batch))
+        numbers.append((float(metrics.loss), float(metrics.grad_norm)))
+    return np.array(numbers), state
+
+
+def only(rows: int, batch: Batch) -> Batch:
+    """The same shape, but only the first `rows` sequences count."""
+    counts = (np.arange(8) < rows).astype(np.float32)[:, None]
+    return dataclasses.replace(batch, weights=batch.weights * np.broadcast_to(counts, batch.weights.shape))
+
+
+BATCHES = [tiny.batch(seed) for seed in range(5)]
+
+
+@cache
+def on_one_device(optim: Optim, rows: int) -> tuple[np.ndarray, step.State]:
+    return train(dataclasses.replace(tiny.CONFIG, optim=optim), [only(rows, batch) for batch in BATCHES])
+
+
+# ------------------------------------------------------------------- what must not change the numbers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(mesh=Mesh(fsdp=8), per_device_batch_size=1),
+        dict(mesh=Mesh(fsdp=4, tensor=2), per_device_batch_size=1),
+        dict(mesh=Mesh(replica=2, fsdp=2, tensor=2), per_device_batch_size=1),
+        dict(mesh=Mesh(context=2, expert=2, fsdp=2), per_device_batch_size=1),
+        dict(mesh=Mesh(fsdp=2, context=2, tensor=2), per_device_batch_size=0.5),
+        pytest.param(dict(mesh=Mesh(fsdp=4, tensor=2), per_device_batch_size=1, optim=MUON), marks=pytest.mark.slow),
+        dict(scan_layers=False),
+        dict(accumulate=4),
+        dict(remat="none"),
+        dict(remat="dots"),
+    ],
+    ids=lambda change: " ".join(f"{name}={value}" for name, value in change.items())[:80],
+)
+def test_the_numbers_are_those_of_one_device_scanned_in_one_batch(change):
+    cfg = dataclasses.replace(tiny.CONFIG, **change)
+    rows = cfg.batch_size
+    expected, _ = on_one_device(cfg.optim, rows)
+    ours, _ = train(cfg, [jax.tree.map(lambda x: x[:rows], batch) for batch in BATCHES])
+    assert np.all(np.diff(expected[:, 0])), "the steps differ, so that a step that did nothing would show"
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_a_run_starts_from_the_same_bits_on_every_mesh():
+    cfg = dataclasses.replace(tiny.CONFIG, mesh=Mesh(fsdp=4, tensor=2), per_device_batch_size=1)
+    state = step.new_state(cfg, sharding.make_mesh(cfg.mesh))
+    jax.tree.map(np.testing.assert_array_equal, state, first_state(cfg.optim))
+
+
+@pytest.mark.parametrize("optim", [tiny.CONFIG.optim, MUON], ids=lambda o: o.name)
+def test_training_changes_every_parameter_and_no_buffer(optim):
+    _, state = on_one_device(optim, 8)
+    for before, after in zip(arrays.weights(first_state(optim).model), arrays.weights(state.model), strict=True):
+        assert np.array_equal(before.value, after.value) == before.buffer, before.path
+    arrays.check(state.model)
+
+
+# ------------------------------------------------------------------------- updates that are not finite
+
+
+def infinite_loss(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, weights=batch.weights.at[0, 0].set(jnp.inf))
+
+
+def infinite_gradient(batch: Batch) -> Batch:
+    """The loss is finite: two large terms that nearly cancel. The square of the gradient's norm overflows."""
+    return dataclasses.replace(batch, weights=batch.weights.at[0, :2].set(jnp.asarray([1e25, -1e25])))
+
+
+@pytest.mark.parametrize("spoil", [infinite_loss, infinite_gradient])
+def test_an_update_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(spoil):
+    train_step, place, _ = compiled(tiny.CONFIG)
+    state, metrics = train_step(start(tiny.CONFIG), place(BATCHES[0]))
+    assert metrics.finite and metrics.skipped == 0
+    before = jax.tree.map(np.array, state)
+
+    state, metrics = train_step(state, place(spoil(BATCHES[1])))
+    assert np.isfinite(metrics.loss) == (spoil is infinite_gradient)
+    assert not np.isfinite(metrics.grad_norm) and not metrics.finite
+    assert (metrics.skipped, state.skipped, state.step) == (1, 1, 2)
+    jax.tree.map(np.testing.assert_array_equal, (state.model, state.opt), (before.model, before.opt))
+
+    state, metrics = train_step(state, place(BATCHES[2]))
+    expected, expected_metrics = train_step(jax.device_put(before, compiled(tiny.CONFIG)[2]), place(BATCHES[2]))
+    jax.tree.map(np.testing.assert_array_equal, (state.model, state.opt), (expected.model, expected.opt))
+    for name in ("loss", "grad_norm", "lr", "finite"):
+        assert getattr(metrics, name) == getattr(expected_metrics, name), name
+    assert (metrics.skipped, state.step) == (1, 3)
+
+
+# --------------------------------------------------------------------------------------------- the loss
+
+
+def test_an_untrained_model_knows_nothing():
+    numbers, _ = on_one_device(tiny.CONFIG.optim, 8)
+    assert abs(numbers[0, 0] - math.log(tiny.MODEL.vocab)) < 0.7
+
+
+def test_evaluation_gives_the_loss_of_training():
+    mesh = sharding.make_mesh(tiny.CONFIG.mesh)
+    nll = step.make_eval_step(tiny.CONFIG, mesh)(start(tiny.CONFIG).model, tiny.on_mesh(tiny.CONFIG, mesh, BATCHES[0]))
+    numbers, _ = on_one_device(tiny.CONFIG.optim, 8)
+    np.testing.assert_allclose(nll / BATCHES[0].weights.sum(), numbers[0, 0], rtol=1e-6)
+
+
+NO_LAYERS = Model(vocab=74, embed=12, stages=(), norm_offset=1.0)
+
+
+def slow_loss(model: LM, batch: Batch, count: float, z_loss: float):
+    """The whole logits of a model without layers, and optax's cross entropy."""
+    x = model.embedding.table[batch.tokens] * model.cfg.embed**0.5
+    x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + model.cfg.norm_eps)
+    table = (model.head or model.embedding).table
+    scores = jnp.einsum("bsd,d,vd->bsv", x, 1.0 + model.norm.scale, table)
+    cap = model.cfg.final_softcap
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    nll = optax.softmax_cross_entropy_with_integer_labels(scores, batch.targets)
+    z = jax.nn.logsumexp(scores, axis=-1) ** 2
+    return jnp.sum(batch.weights * (nll + z_loss * z)) / count
+
+
+# Each device has 37 rows of the vocabulary and 32 tokens: one chunk, 3 of 13 rows, 12 of 4 rows (the last two are
+# padding and nothing else), and one chunk for each row.
+@pytest.mark.parametrize("chunk", [1 << 24, 13 * 32, 100, 32])
+@pytest.mark.parametrize("softcap, z_loss, tied", [(None, 0.0, True), (1.5, 0.01, False)])
+def test_the_chunked_loss_and_its_gradients_are_those_of_float64(chunk, softcap, z_loss, tied, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    model = dataclasses.replace(NO_LAYERS, final_softcap=softcap, tied=tied)
+    cfg = Config(model, Mesh(fsdp=4, tensor=2), Data(seq_len=16), z_loss=z_loss, compute_dtype="float32")
+    mesh, batch = sharding.make_mesh(cfg.mesh), only(7, tiny.batch(0))
+    parameters = LM.init(model, "float32", key=jax.random.key(0))
+    parameters = jax.tree.map(lambda w: 2 * w + 0.1, parameters)  # the norm's scale starts at zero
+
+    layouts = sharding.named(mesh, sharding.specs(parameters))
+    tokens = NamedSharding(mesh, P(*sharding.BATCH[1:]))
+    ours = jax.jit(jax.value_and_grad(step.sharded_loss(cfg, mesh, parameters), has_aux=True))
+    placed = jax.device_put(parameters, layouts), jax.device_put(batch, tokens)
+    (value, _), grads = ours(*placed, jnp.sum(batch.weights))
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        double = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)
+        slow = jax.value_and_grad(slow_loss)
+        expected, expected_grads = slow(double, batch, float(batch.weights.sum()), z_loss)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+    jax.tree.map(close, grads, expected_grads)
+
+
+def test_a_batch_in_which_nothing_counts_has_loss_zero_and_no_gradient():
+    train_step, place, _ = compiled(tiny.CONFIG)
+    _, metrics = train_step(start(tiny.CONFIG), place(only(0, BATCHES[0])))
+    assert (metrics.loss, metrics.grad_norm, metrics.finite) == (0, 0, True)
+
+
+# ---------------------------------------------------------------------------------------- the whole model
+
+
+def test_no_logit_depends_on_a_later_token():
+    model = tiny.new_model()
+    tokens = np.random.default_rng(0).integers(0, tiny.MODEL.vocab, (2, 16))
+    before = np.asarray(logits(model, tokens))
+    for t in (1, 7, 15):
+        changed = tokens.copy()
+        changed[:, t] = (changed[:, t] + 1) % tiny.MODEL.vocab
+        after = np.asarray(logits(model, changed))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert np.all(np.any(after[:, t:] != before[:, t:], axis=-1))  # the global layers see all that came before
+
+
+# ------------------------------------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize(
+    "optim, steps, expected",
+    [
+        # warm-up from lr / warmup to lr in `warmup` updates; half-way down the cosine; the end, and after it
+        (
+            Optim(lr=2.0, warmup=4, schedule="cosine", final_lr=0.1),
+            20,
+            {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 12: 2.0 * 0.55, 20: 0.2, 30: 0.2},
+        ),
+        # warm-up, stable until 15 of 20 updates, then linear
+        (
+            Optim(lr=2.0, warmup=4, schedule="wsd", decay_fraction=0.25, final_lr=0.0),
+            20,
+            {0: 0.5, 3: 2.0, 4: 2.0, 10: 2.0, 15: 2.0, 16: 1.6, 19: 0.4, 20: 0.0, 30: 0.0},
+        ),
+        # no warm-up, and a warm-up longer than the run
+        (Optim(lr=2.0, warmup=0, final_lr=0.0), 10, {0: 2.0, 5: 1.0, 10: 0.0}),
+        (Optim(lr=2.0, warmup=100), 10, {0: 0.2, 4: 1.0, 9: 2.0}),
+    ],
+)
+def test_the_learning_rate_at_key_steps(optim, steps, expected):
+    lr = schedule(optim, steps)
+    ours = {count: float(lr(jnp.int32(count))) for count in expected}
+    assert ours == pytest.approx(expected, abs=1e-6)
