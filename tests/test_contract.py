@@ -86,12 +86,12 @@ def z(*shape: int, dtype=jnp.float32) -> jax.Array:
 
 
 MASK, LOGITS = z(2, 3, 5, dtype=bool), z(2, 4, 6, 3, 5)
-Q, K, I = z(2, 3, 4, 6, 8), z(2, 5, 4, 8), z(2, 3, dtype=jnp.int32)
+Q, K, I = z(2, 4, 6, 3, 8), z(2, 4, 5, 8), z(2, 3, dtype=jnp.int32)
 CALLS = {  # every argument of these calls is right
     attend.masked_softmax: dict(logits=LOGITS, mask=MASK),
     attend.attend: dict(q=Q, k=K, v=K, mask=MASK, scale=1.0, softcap=None),
     norm.inverse_rms: dict(x=z(2, 5), eps=1e-6),
-    rope.rotate: dict(x=z(2, 3, 4, 8), angle=z(2, 3, 4)),
+    rope.rotate: dict(x=z(2, 5, 3, 8), angle=z(2, 3, 4)),
     loss.log_sum_exp: dict(logits=z(2, 7)),
     loss.token_loss: dict(target_logit=z(3), log_z=z(3), weights=z(3)),
     loss.target_statistics: dict(x=z(3, 4), table=z(7, 4), targets=z(3, dtype=jnp.int32), softcap=None),
@@ -139,7 +139,7 @@ def test_a_wrong_shape_is_a_type_error_too():
     with pytest.raises(TypeCheckError, match="parameter 'mask'"):
         attend.masked_softmax(LOGITS, z(2, 5, 3, dtype=bool))
     with pytest.raises(TypeCheckError, match="parameter 'k'"):
-        attend.attention_logits(Q, z(2, 5, 3, 8), 1.0, None)
+        attend.attention_logits(Q, z(2, 5, 4, 8), 1.0, None)
     with pytest.raises(TypeCheckError, match="parameter 'weights'"):
         Batch(I, I, I, I, z(3, 2))
 
@@ -260,17 +260,17 @@ def slow_attention(q, k, v, mask, scale, softcap):
     """One query head at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
-    for b, i, n, g in np.ndindex(q.shape[:-1]):
-        scores = scale * k[b, :, n] @ q[b, i, n, g]
+    for b, n, g, i in np.ndindex(q.shape[:-1]):
+        scores = scale * k[b, n] @ q[b, n, g, i]
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max()) * mask[b, i]
-        out[b, i, n, g] = weights @ v[b, :, n] / max(weights.sum(), 1e-300)
+        out[b, n, g, i] = weights @ v[b, n] / max(weights.sum(), 1e-300)
     return out
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_attention_is_what_float64_says(softcap):
-    q, k, v = random(0, 2, 5, 3, 4, 6), random(1, 2, 7, 3, 6), random(2, 2, 7, 3, 6)
+    q, k, v = random(0, 2, 3, 4, 5, 6), random(1, 2, 3, 7, 6), random(2, 2, 3, 7, 6)
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.5
     ours = attend.attend(*map(jnp.asarray, (q, k, v, mask)), 0.7, softcap)
     np.testing.assert_allclose(ours, slow_attention(q, k, v, mask, 0.7, softcap), atol=2e-6)
@@ -278,7 +278,7 @@ def test_attention_is_what_float64_says(softcap):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_sees_nothing_and_what_nothing_sees_gives_exact_zeros(dtype):
-    q, k, v = (jnp.asarray(random(i, *s), dtype) for i, s in enumerate([(2, 5, 3, 4, 6), (2, 7, 3, 6), (2, 7, 3, 6)]))
+    q, k, v = (jnp.asarray(random(i, *s), dtype) for i, s in enumerate([(2, 3, 4, 5, 6), (2, 3, 7, 6), (2, 3, 7, 6)]))
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.7
     mask[0, 2], mask[1] = False, False  # one query, and a whole sequence, see nothing
     mask[:, :, 4] = False  # one key is seen by nothing
@@ -290,10 +290,10 @@ def test_what_sees_nothing_and_what_nothing_sees_gives_exact_zeros(dtype):
     (_, out), (dq, dk, dv) = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     for x in (out, dq):
         assert np.isfinite(x).all() and np.any(x[0])
-        assert not np.any(x[0, 2]) and not np.any(x[1])
+        assert not np.any(x[0, :, :, 2]) and not np.any(x[1])
     for x in (dk, dv):
         assert np.isfinite(x).all() and np.any(x[0])
-        assert not np.any(x[0, 4]) and not np.any(x[1])
+        assert not np.any(x[0, :, 4]) and not np.any(x[1])
 
 
 # ---------------------------------------------------------------------------------- the whole model

@@ -58,12 +58,12 @@ def test_hidden_states(case):
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
     def states(model: LM, *inputs):
-        x = [model.embed(inputs[0])]
+        x = [model.embed(inputs[0].reshape(-1))]
         for stage, blocks in zip(model.cfg.stages, model.stages, strict=True):
             for i in range(stage.repeats):
                 for block in jax.tree.map(lambda w, i=i: w[i], blocks):
                     x.append(block(x[-1], *inputs[1:]))
-        return *x, model.norm(x[-1])
+        return tuple(y.reshape(*tokens.shape, -1) for y in (*x, model.norm(x[-1])))
 
     names = ["hidden.embed", *(f"hidden.{i}" for i in range(len(model.cfg.layers))), "hidden.norm"]
     layout = P(*sharding.BATCH[1:], None)

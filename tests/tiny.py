@@ -20,7 +20,7 @@ MODEL = Model(vocab=74, embed=40, stages=stages(PATTERN, 4), norm_offset=1.0, fi
 CONFIG = Config(
     model=MODEL,
     data=Data(seq_len=16),
-    optim=Optim(lr=1e-2, warmup=2),
+    optim=Optim(lr=1e-2, warmup=3),  # a different learning rate in each of the first steps
     steps=5,
     per_device_batch_size=8,
     compute_dtype="float32",
