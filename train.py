@@ -54,17 +54,20 @@ def train(cfg: Config) -> int:
     evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log)
     nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running
     while True:
-        boundary = stop_requested or at == cfg.steps or (at and at % cfg.checkpoint_every == 0)
-        evaluating = (at == cfg.steps or (at and at % cfg.eval_every == 0)) and not log.evaluated(at)
-        if pending is not None and (boundary or evaluating):
+        stop, last = stop_requested, at == cfg.steps
+        saving = stop or last or (at > 0 and at % cfg.checkpoint_every == 0)
+        evaluating = (last or (at > 0 and at % cfg.eval_every == 0)) and not log.evaluated(at)
+        failed = nonfinite >= cfg.max_nonfinite
+        if pending is not None and (saving or evaluating or failed):
             nonfinite, pending = log.step(*pending, nonfinite), None
-        if nonfinite >= cfg.max_nonfinite or boundary:
+            failed = failed or nonfinite >= cfg.max_nonfinite
+        if saving or failed:
             checkpoints.save(at, state)
-        if nonfinite >= cfg.max_nonfinite:
-            print(f"stopped at step {at}: {nonfinite} steps in a row had a loss or gradient that was not finite")
-        elif evaluating and not stop_requested:
+        if evaluating and not stop and not failed:
             evaluation(state, at)
-        if nonfinite >= cfg.max_nonfinite or stop_requested or at == cfg.steps:
+            if stop_requested:
+                continue
+        if stop or last or failed:
             break
         if train_step is None:
             train_step = compile_step(cfg, mesh, abstract, shapes)
@@ -78,9 +81,10 @@ def train(cfg: Config) -> int:
 
     checkpoints.close()
     log.plot()
-    if nonfinite >= cfg.max_nonfinite:
+    if failed:
+        print(f"stopped at step {at}: {cfg.max_nonfinite} steps in a row had a loss or gradient that was not finite")
         return 1
-    if at < cfg.steps:
+    if at < cfg.steps or not log.evaluated(at):
         print(f"told to stop: step {at} is saved, the same command goes on from there")
         return 75
     print(f"done: {folder}; --steps trains on, --run NAME starts another run")

@@ -17,9 +17,9 @@ config = Config(
     optim=Optim(name="muon", lr=1e-2, warmup=20, schedule="wsd", decay_fraction=0.5, final_lr=0.05),
     per_device_batch_size=8,
     compute_dtype="float32",
-    remat="none",
-    steps=240,
-    eval_every=120,
-    checkpoint_every=60,
+    remat="dots",
+    steps=180,
+    eval_every=90,
+    checkpoint_every=90,
     sample_prompt="ROMEO:\n",
 )

@@ -2,7 +2,7 @@
 
 A Gemma 4 of growing depth on the text of the default config, in float32, with the query norm starting at 1 and at
 head_dim ** -0.5: the raw gradient norm of the first step and
-the loss after 40 steps of AdamW.
+the loss after 30 steps of AdamW.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ def config(layers: int, head_dim: int, scaled: bool) -> Config:
         optim=Optim(lr=3e-3, warmup=10, schedule="wsd", decay_fraction=0.01),
         per_device_batch_size=8,
         compute_dtype="float32",
-        steps=40,
+        steps=30,
     )
 
 
 def main() -> None:
-    print(f"{'layers':>6} {'head_dim':>9} {'q norm':>12} {'grad norm, step 0':>18} {'loss, step 0':>13} {'step 40':>8}")
+    print(f"{'layers':>6} {'head_dim':>9} {'q norm':>12} {'grad norm, step 0':>18} {'loss, step 0':>13} {'step 30':>8}")
     for layers, head_dim in ((6, 64), (24, 64), (60, 64), (24, 256)):
         for scaled in (False, True):
             cfg = config(layers, head_dim, scaled)
@@ -51,7 +51,10 @@ def main() -> None:
                 results.append(dataclasses.astuple(metrics)[:2])
             losses, norms = np.array(results, np.float64).T
             name = "head_dim^-0.5" if scaled else "1"
-            print(f"{layers:6} {head_dim:9} {name:>13} {norms[0]:17.3g} {losses[0]:13.3f} {losses[-5:].mean():8.3f}", flush=True)
+            print(
+                f"{layers:6} {head_dim:9} {name:>13} {norms[0]:17.3g} {losses[0]:13.3f} {losses[-5:].mean():8.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

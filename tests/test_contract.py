@@ -86,7 +86,7 @@ def z(*shape: int, dtype=jnp.float32) -> jax.Array:
 
 
 MASK, LOGITS = z(2, 3, 5, dtype=bool), z(2, 4, 6, 3, 5)
-Q, K, I = z(2, 4, 6, 3, 8), z(2, 4, 5, 8), z(2, 3, dtype=jnp.int32)
+Q, K, IDS = z(2, 4, 6, 3, 8), z(2, 4, 5, 8), z(2, 3, dtype=jnp.int32)
 CALLS = {  # every argument of these calls is right
     attend.masked_softmax: dict(logits=LOGITS, mask=MASK),
     attend.attend: dict(q=Q, k=K, v=K, mask=MASK, scale=1.0, softcap=None),
@@ -97,7 +97,7 @@ CALLS = {  # every argument of these calls is right
     loss.target_statistics: dict(x=z(3, 4), table=z(7, 4), targets=z(3, dtype=jnp.int32), softcap=None),
     linear.gather: dict(spec="embed ff -> embed ff", weight=z(3, 4), dtype=jnp.dtype("bfloat16")),
     step.add: dict(total={"w": z(3)}, part={"w": z(3)}),
-    Batch: dict(tokens=I, targets=I, positions=I, segments=I, weights=z(2, 3)),
+    Batch: dict(tokens=IDS, targets=IDS, positions=IDS, segments=IDS, weights=z(2, 3)),
     norm.RMSNorm: dict(scale=z(4), offset=0.0, eps=1e-6),
     attention.Attention: dict(
         **dict(q=z(2, 3, 4, 6), k=z(2, 3, 6), v=z(2, 3, 6), o=z(3, 4, 6, 2), q_norm=None, k_norm=None),
@@ -119,7 +119,7 @@ def wrong(x: jax.Array) -> jax.Array:
     """bfloat16 instead of float32, an additive float mask instead of a boolean one, floats instead of integers."""
     if x.dtype == jnp.float32:
         return x.astype(jnp.bfloat16)
-    return jnp.where(x, 0.0, -jnp.inf).astype(jnp.float32)
+    return jnp.where(x, 0.0, -jnp.inf) if x.dtype == jnp.bool_ else x.astype(jnp.float32)
 
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
@@ -141,7 +141,7 @@ def test_a_wrong_shape_is_a_type_error_too():
     with pytest.raises(TypeCheckError, match="parameter 'k'"):
         attend.attention_logits(Q, z(2, 5, 4, 8), 1.0, None)
     with pytest.raises(TypeCheckError, match="parameter 'weights'"):
-        Batch(I, I, I, I, z(3, 2))
+        Batch(IDS, IDS, IDS, IDS, z(3, 2))
 
 
 def test_check_finds_weights_that_were_changed_behind_the_type_checker():
@@ -253,7 +253,7 @@ def test_visible_is_what_a_slow_loop_says(query, key, window):
         for k in range(7):
             one_document = query_segments[q] == key_segments[k] and query_segments[q] != 0
             back = query_positions[q] - key_positions[k]
-            assert ours[0, q, k] == (one_document and 0 <= back and (window is None or back < window))
+            assert ours[0, q, k] == (one_document and back >= 0 and (window is None or back < window))
 
 
 def slow_attention(q, k, v, mask, scale, softcap):

@@ -153,6 +153,15 @@ def test_everything_wrong_with_a_checkpoint_is_listed_at_once(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_weights_stored_in_bfloat16_are_read_exactly(tmp_path):
+    def change(config, tensors):
+        return config, {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+
+    model, exact = load_hf(copy_case("gemma2", tmp_path, change)), load_hf(HERE / "cases" / "gemma2")
+    rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), exact)
+    jax.tree.map(np.testing.assert_array_equal, model, rounded)
+
+
 def test_a_folder_without_a_config_and_an_unknown_family_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.json"):
         load_hf(tmp_path)

@@ -27,10 +27,12 @@ CONFIG = Config(
 )
 
 
-def new_model(model: Model = MODEL, compute_dtype: str = "float32", seed: int = 0) -> LM:
-    """Random parameters on a mesh of one device."""
-    cfg = dataclasses.replace(CONFIG, model=model, compute_dtype=compute_dtype, seed=seed)
-    return step.new_state(cfg, sharding.make_mesh(cfg.mesh)).model
+def new_model() -> LM:
+    """Arbitrary parameters on a mesh of one device, made without compiling anything."""
+    state = step.abstract_state(CONFIG, sharding.make_mesh(CONFIG.mesh))
+    rng = np.random.default_rng(0)
+    draw = lambda x: jax.device_put(rng.normal(scale=0.3, size=x.shape).astype(np.float32), x.sharding)
+    return jax.tree.map(draw, state.model)
 
 
 def batch(seed: int, rows: int = 8, seq: int = 16) -> Batch:
