@@ -38,17 +38,17 @@ def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 
 
 def all_to_all(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """Move one axis from one dim to another: "tokens embed/fsdp -> tokens/fsdp embed"."""
+    """Move one axis from one dim to another: "token embed/fsdp -> token/fsdp embed". Raises TypeError as above."""
     before, after = (_parse(side) for side in spec.split("->"))
     if len(before) != x.ndim or [name for name, _ in before] != [name for name, _ in after]:
         raise TypeError(f"{spec!r} does not fit an operand of shape {x.shape}")
     _require_varying(spec, x, {axis for _, axes in before for axis in axes})
-    changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-    gained = [i for i in changed if len(after[i][1]) > len(before[i][1])]
-    lost = [i for i in changed if len(after[i][1]) < len(before[i][1])]
-    if len(gained) != 1 or len(lost) != 1 or before[lost[0]][1][-1:] != after[gained[0]][1][-1:]:
-        raise TypeError(f"{spec!r} does not move one axis from one dim to another")
-    return jax.lax.all_to_all(x, before[lost[0]][1][-1], gained[0], lost[0], tiled=True)
+    changed = [(i, old[1], new[1]) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    lost = [(i, old[-1]) for i, old, new in changed if old[:-1] == new]
+    gained = [(i, new[-1]) for i, old, new in changed if old == new[:-1]]
+    if len(changed) != 2 or len(lost) != 1 or len(gained) != 1 or lost[0][1] != gained[0][1]:
+        raise TypeError(f"{spec!r} does not move one axis from the end of one dim to the end of another")
+    return jax.lax.all_to_all(x, lost[0][1], gained[0][0], lost[0][0], tiled=True)
 
 
 def psum(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:

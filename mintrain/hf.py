@@ -40,32 +40,70 @@ TABLE = {  # ours: (the file's, axes of the file -> our axes, for one layer)
 }
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # multimodal checkpoints nest the text model
 
+# What a hub config leaves out: the defaults of the config classes of transformers 5.23.
+HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, rms_norm_eps=1e-6)
+DEFAULTS = {
+    "gemma2": dict(
+        HEADS,
+        vocab_size=256_000,
+        sliding_window=4096,
+        rope_theta=1e4,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma3": dict(HEADS, vocab_size=262_208, sliding_window=4096, rope_theta=1e6),
+    "gemma4": dict(HEADS, vocab_size=262_144, sliding_window=512, global_head_dim=512, hidden_size_per_layer_input=256),
+}
+READ = {  # the values of switches that this decoder computes; others would load and give other numbers
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "tie_word_embeddings": (True,),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (None, False, "vision"),
+    "enable_moe_block": (None, False),
+    "num_kv_shared_layers": (None, 0),
+    "hidden_size_per_layer_input": (None, 0),
+}
+
 
 def model_config(hf: dict[str, Any]) -> config.Model:
-    """The architecture that a Gemma 2, 3 or 4 `config.json` describes. Raises ConfigError for another family."""
-    hf = hf.get("text_config", hf)
-    family = hf.get("model_type", "").removesuffix("_text")
-    if family not in ("gemma2", "gemma3", "gemma4"):
+    """The architecture that a Gemma 2, 3 or 4 (dense) `config.json` describes. Raises ConfigError for any other."""
+    hf = hf.get("text_config") or hf
+    family = str(hf.get("model_type")).removesuffix("_text")
+    if family not in DEFAULTS:
         raise ConfigError(f"model_type={hf.get('model_type')!r} is not read; use gemma2, gemma3 or gemma4")
-    n = hf["num_hidden_layers"]
-    layers = tuple(_layer(hf, family, i, kind) for i, kind in enumerate(_layer_types(hf, family, n)))
-    period = next(p for p in range(1, n + 1) if all(layers[i] == layers[i % p] for i in range(n)))
-    return config.Model(
-        vocab=hf["vocab_size"],
-        embed=hf["hidden_size"],
-        stages=config.stages(layers[:period], n),
-        norm_offset=0.0 if family == "gemma4" else 1.0,
-        norm_eps=hf["rms_norm_eps"],
-        final_softcap=hf.get("final_logit_softcapping"),
-    )
+    hf = {**DEFAULTS[family], **hf}
+    for name, allowed in READ.items():
+        if name in hf and hf[name] not in allowed:
+            raise ConfigError(
+                f"{name}={hf[name]!r} in config.json is not read; only {' or '.join(map(repr, allowed))} is"
+            )
+    try:
+        types = _layer_types(hf, family)
+        layers = tuple(_layer(hf, family, i, kind) for i, kind in enumerate(types))
+        period = next(p for p in range(1, len(layers) + 1) if all(a == layers[i % p] for i, a in enumerate(layers)))
+        return config.Model(
+            vocab=hf["vocab_size"],
+            embed=hf["hidden_size"],
+            stages=config.stages(layers[:period], len(layers)),
+            norm_offset=0.0 if family == "gemma4" else 1.0,
+            norm_eps=hf["rms_norm_eps"],
+            final_softcap=hf.get("final_logit_softcapping"),
+        )
+    except KeyError as error:
+        raise ConfigError(f"config.json has no {error.args[0]}; add it") from error
 
 
-def _layer_types(hf: dict[str, Any], family: str, n: int) -> list[str]:
-    if hf.get("layer_types"):
-        return hf["layer_types"]
-    period = 2 if family == "gemma2" else hf.get("sliding_window_pattern", 6)
-    types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)]
-    return types[:-1] + ["full_attention"] if family == "gemma4" else types
+def _layer_types(hf: dict[str, Any], family: str) -> list[str]:
+    count = hf["num_hidden_layers"]
+    if types := hf.get("layer_types"):
+        if len(types) != count:
+            raise ConfigError(
+                f"layer_types in config.json names {len(types)} layers, num_hidden_layers={count}; mend one"
+            )
+        return types
+    period = 2 if family == "gemma2" else hf.get("sliding_window_pattern") or 6
+    types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
+    return [*types[:-1], "full_attention"] if family == "gemma4" else types
 
 
 def _layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.Layer:
@@ -73,7 +111,8 @@ def _layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.Layer:
     head, kv_heads = hf["head_dim"], hf["num_key_value_heads"]
     k_is_v = full and bool(hf.get("attention_k_eq_v"))
     if family == "gemma4" and full:
-        own = hf.get("per_layer_config", {}).get(str(i), {})  # transformers 5 writes this, the hub the fields below
+        per_layer = {int(k): v for k, v in (hf.get("per_layer_config") or {}).items()}  # keys such as "05"
+        own = per_layer.get(i, {})  # transformers 5 writes this, the hub the fields below
         head = own.get("head_dim", hf.get("global_head_dim") or head)
         shared = hf.get("num_global_key_value_heads") if k_is_v else None
         kv_heads = own.get("num_key_value_heads", shared or kv_heads)
@@ -129,8 +168,10 @@ def rows(model: LM) -> list[tuple[list[str], str]]:
     return result
 
 
-def _strip(name: str) -> str:
-    return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+def _text_names(names: list[str]) -> dict[str, str]:
+    """The text model's tensors, by their names without the prefix. Other towers of a multimodal folder are left out."""
+    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
+    return {name.removeprefix(prefix): name for name in names if name.startswith(prefix) or prefix == "model."}
 
 
 def _read(array: np.ndarray, axes: str, weight: Weight) -> np.ndarray | None:
@@ -158,16 +199,17 @@ def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None
     shapes = jax.eval_shape(lambda: LM.init(cfg, dtype, key=jax.random.key(0)))
     devices = sharding.make_mesh(mesh or config.Mesh())
     handles = [safe_open(file, framework="numpy") for file in sorted(folder.glob("model*.safetensors"))]
-    files = {_strip(name): (handle, name) for handle in handles for name in handle.keys()}  # noqa: SIM118
+    found = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    files = _text_names(list(found))
     problems, leaves = [], []
     for weight, (names, axes) in zip(weights(shapes), rows(shapes), strict=True):
         layers = []
         for name in names:
-            handle, full_name = files.pop(name, (None, None))
-            if handle is None:
+            full_name = files.pop(name, None)
+            if full_name is None:
                 problems.append(f"missing {name}")
                 continue
-            array = handle.get_tensor(full_name)
+            array = found[full_name].get_tensor(full_name)
             layers.append(_read(array, axes, weight))
             if layers[-1] is None:
                 problems.append(f"{full_name} has shape {array.shape}")

@@ -195,3 +195,40 @@ def test_released_sizes_have_exactly_the_published_number_of_parameters(name):
 def test_the_pattern_of_layers_is_derived_where_a_config_leaves_it_out(name):
     config = REAL[name]["config"]
     assert hf.model_config({k: v for k, v in config.items() if k != "layer_types"}) == hf.model_config(config)
+
+
+def test_what_a_hub_config_leaves_out_is_what_transformers_assumes():
+    text = dict(model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34)
+    text |= dict(sliding_window=1024, rope_scaling={"factor": 8.0, "rope_type": "linear"})
+    released = json.loads((HERE / "real_configs.json").read_text())["gemma-3-4b"]["config"]
+    assert hf.model_config({"model_type": "gemma3", "text_config": text}) == hf.model_config(released)
+    with pytest.raises(ConfigError, match="no hidden_size"):
+        hf.model_config({name: value for name, value in text.items() if name != "hidden_size"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_activation", "silu"),
+        ("attention_bias", True),
+        ("tie_word_embeddings", False),
+        ("use_bidirectional_attention", "all"),
+        ("enable_moe_block", True),
+        ("num_kv_shared_layers", 2),
+        ("hidden_size_per_layer_input", 12),
+        ("num_hidden_layers", 5),
+    ],
+)
+def test_a_config_that_would_load_and_compute_something_else_is_refused(field, value):
+    saved = json.loads((HERE / "cases" / "gemma4-dense" / "config.json").read_text())
+    with pytest.raises(ConfigError, match=field):
+        hf.model_config({**saved, field: value})
+
+
+def test_other_towers_of_a_multimodal_checkpoint_are_left_out(tmp_path):
+    def change(config, tensors):
+        renamed = {name.replace("model.", "language_model.model.", 1): value for name, value in tensors.items()}
+        return config, {**renamed, "vision_tower.x.weight": np.zeros((2, 3), np.float32)}
+
+    model = load_hf(copy_case("gemma3", tmp_path, change))
+    jax.tree.map(np.testing.assert_array_equal, model, load_hf(HERE / "cases" / "gemma3"))

@@ -69,12 +69,8 @@ def on_one_device(optim: Optim, rows: int) -> tuple[np.ndarray, step.State]:
 
 
 def describe(change: dict) -> str:
-    shown = {
-        **change,
-        "mesh": sharding.describe(change.get("mesh", Mesh())),
-        "optim": change.get("optim", Optim()).name,
-    }
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    short = {"mesh": sharding.describe, "optim": lambda optim: optim.name}
+    return ", ".join(f"{name}={short.get(name, str)(value)}" for name, value in change.items())
 
 
 @pytest.mark.parametrize(
