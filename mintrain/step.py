@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 
+from mintrain.arrays import check
 from mintrain.config import Config
 from mintrain.layers.linear import gather
 from mintrain.loss import Batch, next_token_loss, output_logits
@@ -20,6 +21,7 @@ from mintrain.optim import optimizer, schedule
 from mintrain.sharding import BATCH, named, place, specs, state_specs
 
 AnyMesh = Mesh | AbstractMesh
+OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]]  # optax's: moments and counts
 EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
 
 
@@ -27,7 +29,7 @@ class State(eqx.Module):
     """Everything that a run is at one step; checkpoints hold exactly this."""
 
     model: LM
-    opt: PyTree  # optax's state; moments are float32 trees of the model's type
+    opt: OptState  # moments are trees of the model's type
     step: Int32[Array, ""]  # batches seen
     skipped: Int32[Array, ""]  # updates that were not finite and not applied
     key: UInt32[Array, "2"]  # random numbers of the run
@@ -90,12 +92,13 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
     transform, learning_rate = optimizer(cfg.optim, cfg.steps, abstract.model), schedule(cfg.optim, cfg.steps)
     layouts = specs(abstract.model)
 
-    def update(grads: LM, opt: PyTree, model: LM) -> tuple[LM, PyTree]:
+    def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState]:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
             updates, opt = transform.update(grads, opt, model)
             return optax.apply_updates(model, updates), opt
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        check(state.model)
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
         def microbatch(total: LM, micro: Batch) -> tuple[LM, Float32[Array, ""]]:
