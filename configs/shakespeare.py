@@ -19,7 +19,8 @@ config = Config(
     compute_dtype="float32",
     remat="dots",
     steps=180,
-    eval_every=90,
-    checkpoint_every=90,
+    log_every=5,
+    eval_every=60,
+    checkpoint_every=60,
     sample_prompt="ROMEO:\n",
 )

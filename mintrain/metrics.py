@@ -123,10 +123,8 @@ class Log:
             points = [(r["step"], r[key]) for r in self.records if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}", linewidth=1.2)
-        axes.set(xlabel="step", ylabel=unit.replace("_", " "), yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlabel="step", ylabel=unit.replace("_", " "))
+        axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
         temporary = self.folder / "loss.tmp.png"

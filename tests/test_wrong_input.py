@@ -136,6 +136,14 @@ def broken_checkpoint(run: Path) -> list[str]:
     return ["--steps", "4"]
 
 
+def flipped_byte(run: Path) -> list[str]:
+    file = max((run / "checkpoints" / "2" / "default").rglob("*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return ["--steps", "4"]
+
+
 def other_model(run: Path) -> list[str]:
     saved = json.loads((run / "config.json").read_text())
     saved["model"]["embed"] = 48
@@ -151,7 +159,8 @@ def broken_config(run: Path) -> list[str]:
 SPOILT = {
     foreign_folder: "checkpoints/holiday is not a checkpoint",
     empty_step: "checkpoints/11 is not a checkpoint",
-    broken_checkpoint: "checkpoints/2 cannot be restored",
+    broken_checkpoint: "is missing; remove it to go on from the one before",
+    flipped_byte: "has changed since it was written; remove it",
     other_model: "has another model: model.embed 48 -> 40",
     broken_config: "config.json is not JSON",
 }
