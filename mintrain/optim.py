@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32, Int32
-from optax.contrib import MuonDimensionNumbers, muon
 
 from mintrain.arrays import Weight, weights
 from mintrain.config import Optim
@@ -50,7 +49,7 @@ def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation
         )
     else:
         matrices = _per_weight(model, _matrix)
-        update = muon(
+        update = optax.contrib.muon(
             lr,
             beta=cfg.b2,
             weight_decay=cfg.weight_decay,
@@ -66,10 +65,10 @@ def _per_weight(model: LM, value: Callable[[Weight], Any]) -> LM:
     return jax.tree.unflatten(jax.tree.structure(model), [value(weight) for weight in weights(model)])
 
 
-def _matrix(weight: Weight) -> MuonDimensionNumbers | None:
+def _matrix(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
     """Which axes a weight sums over and which it makes. Axes that are neither (repeats) are separate matrices."""
     axes = tuple(range(-len(weight.dims), 0))
     if len(weight.dims) < 2 or "vocab" in weight.dims:
         return None
     split = 1 if weight.dims[0] == "embed" else -1  # "embed heads head" reads the stream, "ff embed" writes it
-    return MuonDimensionNumbers(axes[:split], axes[split:])
+    return optax.contrib.MuonDimensionNumbers(axes[:split], axes[split:])
