@@ -1,8 +1,7 @@
 """The numbers of "Initialisation" in docs/models.md: `python docs/measure_init.py`, some ten minutes on two cores.
 
 A Gemma 4 of growing depth on the text of the default config, in float32, with the query norm starting at 1 and at
-head_dim ** -0.5: the raw gradient norm of the first step and
-the loss after 30 steps of AdamW.
+head_dim ** -0.5: the raw gradient norm of the first step, and the loss after 30 steps of AdamW.
 """
 
 import dataclasses
