@@ -14,6 +14,7 @@ from jaxtyping import TypeCheckError
 
 from mintrain.config import Config, ConfigError
 
+DEFAULT = Path(__file__).parents[1] / "configs" / "shakespeare.py"
 USAGE = """train.py [CONFIG] [options]: train the model that CONFIG describes, or go on with the run of that name.
 
 CONFIG is a Python file that defines `config`, or a run's config.json; configs/shakespeare.py by default.
@@ -25,11 +26,11 @@ CONFIG is a Python file that defines `config`, or a run's config.json; configs/s
 def load(argv: list[str]) -> tuple[Config, str]:
     """The config and what to do with it: "train", "check" or "print". Raises ConfigError; --help exits."""
     argv = [re.sub(r"^(--[\w.-]+=)?(true|false)$", lambda m: (m[1] or "") + m[2].title(), arg) for arg in argv]
-    path = argv.pop(0) if argv and not argv[0].startswith("-") else "configs/shakespeare.py"
+    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
     actions = {"--check": "check", "--print-config": "print", "--print_config": "print"}
     action = next((actions[arg] for arg in argv if arg in actions), "train")
-    config = override(read(Path(path)), [arg for arg in argv if arg not in actions])
-    return dataclasses.replace(config, run=config.run or Path(path).stem), action
+    config = override(read(path), [arg for arg in argv if arg not in actions])
+    return dataclasses.replace(config, run=config.run or path.stem), action
 
 
 def read(path: Path) -> Config:
