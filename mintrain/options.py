@@ -26,24 +26,27 @@ CONFIG is a Python file that defines `config`, or a run's config.json; configs/s
 def load(argv: list[str]) -> tuple[Config, str]:
     """The config and what to do with it: "train", "check" or "print". Raises ConfigError; --help exits."""
     argv = [re.sub(r"^(--[\w.-]+=)?(true|false)$", lambda m: (m[1] or "") + m[2].title(), arg) for arg in argv]
-    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
     actions = {"--check": "check", "--print-config": "print", "--print_config": "print"}
     action = next((actions[arg] for arg in argv if arg in actions), "train")
-    config = override(read(path), [arg for arg in argv if arg not in actions])
+    argv = [arg for arg in argv if arg not in actions]
+    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
+    config = override(read(path), argv)
     return dataclasses.replace(config, run=config.run or path.stem), action
 
 
 def read(path: Path) -> Config:
     if not path.is_file() or path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path} is not a config; give a .py file that defines `config`, or a run's config.json")
-    if path.suffix == ".json":
-        return from_json(json.loads(path.read_text()))
     try:
+        if path.suffix == ".json":
+            return from_json(json.loads(path.read_text()))
         config = runpy.run_path(str(path)).get("config")
     except TypeCheckError as error:
         field = re.search(r"parameter '(\w+)'.\n?Actual value: (.*)\nExpected type: (.*)", str(error))
         line = f"{field[1]}={field[2]} is not of type {field[3]}" if field else str(error).splitlines()[0]
         raise ConfigError(f"{path}: {line}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; mend it or use another") from error
     except (TypeError, NameError, SyntaxError, ImportError) as error:
         raise ConfigError(f"{path}: {error}; compare with configs/shakespeare.py") from error
     if not isinstance(config, Config):

@@ -104,6 +104,8 @@ WRONG = {
         "heads=4 .*kv_heads=3",
     ),
     "a config file that defines nothing": (lambda: [written("nothing.py", "x = 1\n")], "nothing.py does not define"),
+    "a config.json that is cut off": (lambda: [written("cut.json", '{"model": ')], "cut.json is not JSON"),
+    "a config.json of something else": (lambda: [written("else.json", "[1]")], "else.json: data="),
     "a config file that is not there": (lambda: ["configs/nowhere.py"], "configs/nowhere.py is not a config"),
 }
 
@@ -113,7 +115,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     arguments, message = WRONG[case]
     arguments = arguments()
-    config = [] if arguments[0].endswith(".py") else [CONFIG]
+    config = [] if arguments[0].endswith((".py", ".json")) else [CONFIG]
     assert train.main([*config, *arguments]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1, said
