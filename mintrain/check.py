@@ -9,7 +9,7 @@ import re
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from mintrain.arrays import Weight, check, weights
+from mintrain.arrays import Weight, weights
 from mintrain.config import Config
 from mintrain.sharding import abstract_mesh, bytes_per_device, describe, validate
 from mintrain.step import abstract_batch, abstract_state, make_train_step, sharded_loss
@@ -22,7 +22,6 @@ def report(cfg: Config) -> str:
     mesh = abstract_mesh(cfg.mesh)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     validate(cfg, state.model)
-    check(state.model)
     make_train_step(cfg, mesh).trace(state, batch)
     tokens = cfg.batch_size * cfg.data.seq_len
     parameters = [w for w in weights(state.model) if not w.buffer]

@@ -19,16 +19,22 @@ def _require_varying(spec: str, x: Array, axes: set[str]) -> None:
         raise TypeError(f"{spec!r}: the operand does not vary over {sorted(missing)}")
 
 
+def _layouts(spec: str, x: Array) -> tuple[list[tuple[str, tuple[str, ...]]], list[tuple[str, tuple[str, ...]]]]:
+    """Both sides of `spec`, after holding `x` against the left one."""
+    before, after = (_parse(side) for side in spec.split("->"))
+    if len(before) != x.ndim or [name for name, _ in before] != [name for name, _ in after]:
+        raise TypeError(f"{spec!r} does not fit an operand of shape {x.shape}")
+    _require_varying(spec, x, {axis for _, axes in before for axis in axes})
+    return before, after
+
+
 def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Gather the axes that stand on the left of the arrow and not on the right.
 
     `all_gather("embed/fsdp ff/tensor -> embed ff/tensor", w)` undoes the sharding over `fsdp`. Its gradient
     is a reduce-scatter. Raises TypeError if `x` is not laid out as the left side says.
     """
-    before, after = (_parse(side) for side in spec.split("->"))
-    if len(before) != x.ndim or [name for name, _ in before] != [name for name, _ in after]:
-        raise TypeError(f"{spec!r} does not fit an operand of shape {x.shape}")
-    _require_varying(spec, x, {axis for _, axes in before for axis in axes})
+    before, after = _layouts(spec, x)
     for i, ((name, old), (_, new)) in enumerate(zip(before, after, strict=True)):
         if old[: len(new)] != new:
             raise TypeError(f"{spec!r}: {name} cannot go from {old} to {new} by gathering")
@@ -39,10 +45,7 @@ def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 
 def all_to_all(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Move one axis from one dim to another: "token embed/fsdp -> token/fsdp embed". Raises TypeError as above."""
-    before, after = (_parse(side) for side in spec.split("->"))
-    if len(before) != x.ndim or [name for name, _ in before] != [name for name, _ in after]:
-        raise TypeError(f"{spec!r} does not fit an operand of shape {x.shape}")
-    _require_varying(spec, x, {axis for _, axes in before for axis in axes})
+    before, after = _layouts(spec, x)
     changed = [(i, old[1], new[1]) for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     lost = [(i, old[-1]) for i, old, new in changed if old[:-1] == new]
     gained = [(i, new[-1]) for i, old, new in changed if old == new[:-1]]

@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32, UInt32
 
 from mintrain.collectives import all_gather, psum
-from mintrain.layers.linear import gather
-from mintrain.loss import output_logits
+from mintrain.loss import local_logits
 from mintrain.model import LM
 from mintrain.sharding import AXES, specs
 
@@ -40,8 +39,7 @@ def _sampler(mesh: Mesh, layouts: LM) -> Callable[..., Int32[Array, "devices win
             tokens = jax.lax.dynamic_slice(ids, (first,), (length,))
             x = model(tokens[None], place[None], jnp.ones_like(tokens)[None])
             last = psum(jnp.sum(jnp.where((place == at - 1)[:, None], x, 0), axis=0), "context")
-            table = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", model.output_table, x.dtype)
-            logits = all_gather("vocab/tensor -> vocab", output_logits(last, table, model.cfg.final_softcap))
+            logits = all_gather("vocab/tensor -> vocab", local_logits(model, last[None])[0])
             noise = jax.random.fold_in(jax.random.wrap_key_data(key), at)
             token = jax.random.categorical(noise, logits / jnp.maximum(temperature, 1e-6)).astype(jnp.int32)
             return ids.at[at].set(token)

@@ -36,6 +36,12 @@ def output_logits(
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def local_logits(model: LM, x: Float[Array, "token embed"]) -> Float32[Array, "token vocab"]:
+    """The logits of this device's part of the vocabulary, all at once: for generation and inspection."""
+    table = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", model.output_table, x.dtype)
+    return output_logits(x, table, model.cfg.final_softcap)
+
+
 def log_sum_exp(logits: Float32[Array, "*rest vocab"]) -> Float32[Array, "*rest"]:
     return jax.nn.logsumexp(logits, axis=-1)
 

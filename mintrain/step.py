@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 
 from mintrain.arrays import check
 from mintrain.config import Config
-from mintrain.layers.linear import gather
-from mintrain.loss import Batch, next_token_loss, output_logits
+from mintrain.loss import Batch, local_logits, next_token_loss
 from mintrain.model import LM
 from mintrain.optim import optimizer, schedule
 from mintrain.sharding import BATCH, named, place, specs, state_specs
@@ -163,9 +162,7 @@ def _sharded_logits(mesh: Mesh, layouts: LM) -> Callable[..., Float32[Array, "ba
     tokens = P(*BATCH[1:])
 
     def forward(model: LM, *inputs: Int32[Array, "batch seq"]) -> Float32[Array, "batch seq vocab"]:
-        x = model(*inputs)
-        table = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", model.output_table, x.dtype)
-        return output_logits(x, table, model.cfg.final_softcap).reshape(*inputs[0].shape, -1)
+        return local_logits(model, model(*inputs)).reshape(*inputs[0].shape, -1)
 
     return jax.jit(
         jax.shard_map(forward, mesh=mesh, in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))
