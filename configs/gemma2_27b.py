@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=256000,
         embed=4608,
-        stages=stages((local, globe), layers=46),
+        stages=stages((local, globe) * 23),
         norm_offset=1.0,
         final_softcap=30.0,
     ),

@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=256000,
         embed=2304,
-        stages=stages((local, globe), layers=26),
+        stages=stages((local, globe) * 13),
         norm_offset=1.0,
         final_softcap=30.0,
     ),

@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=256000,
         embed=3584,
-        stages=stages((local, globe), layers=42),
+        stages=stages((local, globe) * 21),
         norm_offset=1.0,
         final_softcap=30.0,
     ),

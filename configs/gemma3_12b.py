@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=262208,
         embed=3840,
-        stages=stages((local,) * 5 + (globe,), layers=48),
+        stages=stages(((local,) * 5 + (globe,)) * 8),
         norm_offset=1.0,
     ),
     data=Data(seq_len=4096),

@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=262144,
         embed=1152,
-        stages=stages((local,) * 5 + (globe,), layers=26),
+        stages=stages((((local,) * 5 + (globe,)) * 5)[:26]),
         norm_offset=1.0,
     ),
     data=Data(seq_len=4096),

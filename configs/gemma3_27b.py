@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=262208,
         embed=5376,
-        stages=stages((local,) * 5 + (globe,), layers=62),
+        stages=stages((((local,) * 5 + (globe,)) * 11)[:62]),
         norm_offset=1.0,
     ),
     data=Data(seq_len=4096),

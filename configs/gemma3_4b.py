@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=262208,
         embed=2560,
-        stages=stages((local,) * 5 + (globe,), layers=34),
+        stages=stages((((local,) * 5 + (globe,)) * 6)[:34]),
         norm_offset=1.0,
     ),
     data=Data(seq_len=4096),

@@ -13,7 +13,7 @@ config = Config(
     model=Model(
         vocab=262144,
         embed=5376,
-        stages=stages((Layer(local, mlp, scalar=True),) * 5 + (Layer(globe, mlp, scalar=True),), layers=60),
+        stages=stages(((Layer(local, mlp, scalar=True),) * 5 + (Layer(globe, mlp, scalar=True),)) * 10),
         final_softcap=30.0,
     ),
     data=Data(seq_len=4096),

@@ -10,7 +10,7 @@ config = Config(
     model=Model(
         vocab=4096,
         embed=192,
-        stages=stages((local, local, globe), layers=6),
+        stages=stages((local, local, globe) * 2),
         norm_offset=1.0,
     ),
     data=Data(path="shakespeare", seq_len=256),

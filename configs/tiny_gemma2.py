@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=264,
         embed=40,
-        stages=stages((local, globe), layers=4),
+        stages=stages((local, globe) * 2),
         norm_offset=1.0,
         final_softcap=30.0,
     ),

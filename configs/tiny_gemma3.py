@@ -11,7 +11,7 @@ config = Config(
     model=Model(
         vocab=264,
         embed=40,
-        stages=stages((local, local, globe), layers=7),
+        stages=stages((local, local, globe) * 2 + (local,)),
         norm_offset=1.0,
     ),
     data=Data(tokenizer="bytes", seq_len=32),

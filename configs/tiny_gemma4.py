@@ -13,7 +13,7 @@ config = Config(
     model=Model(
         vocab=264,
         embed=40,
-        stages=stages((Layer(local, mlp, scalar=True),) * 2 + (Layer(globe, mlp, scalar=True),), layers=6),
+        stages=stages(((Layer(local, mlp, scalar=True),) * 2 + (Layer(globe, mlp, scalar=True),)) * 2),
         final_softcap=30.0,
     ),
     data=Data(tokenizer="bytes", seq_len=32),

@@ -27,7 +27,7 @@ def config(layers: int, head_dim: int, scaled: bool) -> Config:
     )
     pattern = (Layer(local, MLP(256), scalar=True),) * 5 + (Layer(globe, MLP(256), scalar=True),)
     return Config(
-        model=Model(vocab=4096, embed=128, stages=stages(pattern, layers), final_softcap=30.0),
+        model=Model(vocab=4096, embed=128, stages=stages(pattern * (layers // len(pattern))), final_softcap=30.0),
         data=Data(seq_len=128),
         optim=Optim(lr=3e-3, warmup=10, schedule="wsd", decay_fraction=0.01),
         per_device_batch_size=8,

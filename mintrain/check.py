@@ -3,14 +3,17 @@
 Tracing runs every jaxtyping contract on the shapes and dtypes of the real run, and every collective's layout.
 """
 
+import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mintrain.arrays import Weight, weights
-from mintrain.config import Config
+from mintrain.config import Config, Mesh
+from mintrain.loss import Counts
 from mintrain.sharding import abstract_mesh, bytes_per_device, describe, validate
 from mintrain.step import abstract_batch, abstract_state, make_train_step, sharded_loss
 
@@ -25,15 +28,21 @@ def report(cfg: Config) -> str:
     make_train_step(cfg, mesh).trace(state, batch)
     tokens = cfg.batch_size * cfg.data.seq_len
     parameters = [w for w in weights(state.model) if not w.buffer]
-    total = sum(math.prod(w.value.shape) for w in parameters)
-    buffers = sum(math.prod(w.value.shape) for w in weights(state.model) if w.buffer)
+    main = [w for w in parameters if not w.path.startswith("mtp")]
+    size = lambda found: sum(math.prod(w.value.shape) for w in found)
+    total = size(main)
     rows = [f"{cfg.run}: {len(cfg.model.layers)} layers, mesh {describe(cfg.mesh)}, {cfg.compute_dtype}", ""]
     rows += [f"{'parameters':42}{'count':>18}{'share':>8}"]
-    for name, count in _modules(parameters).items():
+    for name, count in _modules(main).items():
         rows.append(f"  {name:40}{count:18,}{count / total:8.1%}")
-    rows += [f"{'total':42}{total:18,}", f"{'active per token':42}{total:18,}"]
-    if buffers:
-        rows.append(f"{'saved, not trained':42}{buffers:18,}")
+    counts = {
+        "total": total,
+        "active per token": round(sum(math.prod(w.value.shape) * _used(cfg, w) for w in main)),
+        "of the total, indexers": size(w for w in main if "indexer" in w.path),
+        "multi-token prediction, beside the total": size(w for w in parameters if w not in main),
+        "saved, not trained": size(w for w in weights(state.model) if w.buffer),
+    }
+    rows += [f"{name:42}{count:18,}" for name, count in counts.items() if count]
     model, opt = bytes_per_device(state.model), bytes_per_device(state.opt)
     rows += ["", "GiB per device, of " + f"{cfg.mesh.devices} devices"]
     for name, size in (("parameters", model), ("optimizer state", opt), ("gradients", model), ("sum", 2 * model + opt)):
@@ -53,20 +62,31 @@ def _modules(parameters: list[Weight]) -> dict[str, int]:
     return counts
 
 
-def forward_flops(cfg: Config) -> int:
-    """FLOPs of the matrix products of one forward pass of one step, on all devices, as traced.
+def _used(cfg: Config, weight: Weight) -> float:
+    """The share of a weight that a token is multiplied with: a few of all experts, all of the rest."""
+    if "experts" not in weight.dims:
+        return 1.0
+    stage, place = map(int, re.findall(r"\d+", weight.path)[:2])
+    moe = cfg.model.stages[stage].pattern[place].moe
+    return 1.0 if moe is None else moe.topk / moe.experts
 
-    Attention counts every query with every key, masked or not, as the plain form computes it.
+
+def forward_flops(cfg: Config) -> int:
+    """FLOPs of the matrix products of one forward pass of one step, as traced for one device with the whole batch.
+
+    Attention counts every query with every key, masked or not, as the plain form computes it. The rows of experts
+    are padded to whole blocks, and what a mesh computes twice is counted once.
     """
+    cfg = dataclasses.replace(cfg, mesh=Mesh(), per_device_batch_size=cfg.batch_size, accumulate=1)
     mesh = abstract_mesh(cfg.mesh)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     micro = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=x.sharding.update(spec=x.sharding.spec[1:])),
         batch,
     )
-    loss = sharded_loss(cfg, mesh, state.model)
-    traced = jax.jit(loss).trace(state.model, micro, jax.ShapeDtypeStruct((), jax.numpy.float32))
-    return cfg.accumulate * _flops(traced.jaxpr.jaxpr, 1)
+    one = jax.ShapeDtypeStruct((), jax.numpy.float32)
+    traced = jax.jit(sharded_loss(cfg, mesh, state.model)).trace(state.model, micro, jax.eval_shape(Counts, one, one))
+    return _flops(traced.jaxpr.jaxpr, 1)
 
 
 def _flops(jaxpr: Jaxpr, times: int) -> int:
@@ -76,12 +96,14 @@ def _flops(jaxpr: Jaxpr, times: int) -> int:
             (contract, _), _ = eqn.params["dimension_numbers"]
             left = eqn.invars[0].aval.shape
             total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
-        inner = times
-        if eqn.primitive.name == "scan":
-            inner *= eqn.params["length"]
-        elif eqn.primitive.name == "shard_map":
-            inner *= math.prod(eqn.params["mesh"].shape.values())
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: isinstance(v, Jaxpr | ClosedJaxpr)):
-            if isinstance(value, Jaxpr | ClosedJaxpr):
-                total += _flops(value.jaxpr if isinstance(value, ClosedJaxpr) else value, inner)
+        elif eqn.primitive.name == "ragged_dot_general":
+            total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        inside = [_flops(part, inner) for part in _jaxprs(eqn.params)]
+        total += max(inside, default=0) if eqn.primitive.name == "cond" else sum(inside)
     return total
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
+    leaves = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, Jaxpr | ClosedJaxpr))
+    return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in leaves if isinstance(v, Jaxpr | ClosedJaxpr)]

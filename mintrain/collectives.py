@@ -7,7 +7,8 @@ stronger: the operand must really vary over the axes that the spec claims, as JA
 """
 
 import jax
-from jaxtyping import Array, Shaped
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
 
 
 def _parse(side: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -58,3 +59,28 @@ def psum(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:
     """Sum over mesh axes. Raises TypeError if `x` is the same on all devices of an axis: it would be multiplied."""
     _require_varying(f"psum over {' '.join(axes)}", x, set(axes))
     return jax.lax.psum(x, axes)
+
+
+def ragged_all_to_all(
+    rows: Float[Array, "row width"], sizes: Int32[Array, "source target"], capacity: int, axis: str
+) -> Float[Array, "capacity width"]:
+    """Send `sizes[me, target]` rows to each target, in their order. Returns what arrives, by source, then zeros.
+
+    sizes: the same on every device of `axis`.  capacity: rows of the result, at least what can arrive.
+    """
+    _require_varying(f"ragged_all_to_all over {axis}", rows, {axis})
+    me = jax.lax.axis_index(axis)
+    taken, placed = jnp.cumsum(sizes, axis=1) - sizes, jnp.cumsum(sizes, axis=0) - sizes
+
+    def native(rows: Array) -> Array:
+        empty = jnp.zeros_like(rows, shape=(capacity, rows.shape[1]))
+        return jax.lax.ragged_all_to_all(rows, empty, taken[me], sizes[me], placed[me], sizes[:, me], axis_name=axis)
+
+    def emulated(rows: Array) -> Array:
+        every = jax.lax.all_gather(rows, axis, tiled=True)
+        at, arriving = jnp.arange(capacity, dtype=jnp.int32), jnp.cumsum(sizes[:, me])
+        source = jnp.minimum(jnp.searchsorted(arriving, at, side="right", method="compare_all"), sizes.shape[0] - 1)
+        row = source * rows.shape[0] + taken[source, me] + at - placed[source, me]
+        return every.at[jnp.where(at < arriving[-1], row, every.shape[0])].get(mode="fill", fill_value=0)
+
+    return jax.lax.platform_dependent(rows, cpu=emulated, default=native)  # XLA's CPU backend has no such collective

@@ -18,12 +18,25 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Longer contexts than the model was trained on (Peng et al. 2023, arXiv 2309.00071)."""
+
+    factor: float
+    original: int  # the context before
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0  # both also scale the attention logits; layers/rope.py
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout."""
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864)."""
 
     theta: float = 10_000.0
     factor: float = 1.0  # "linear" scaling: frequencies are divided by it
     fraction: float = 1.0  # "proportional" (Gemma 4): the share of the head's frequencies that rotate
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,47 @@ class Attention:
     qk_norm: bool = False
     v_norm: bool = False  # without a scale
     k_is_v: bool = False  # values are the raw keys, no value projection
+    shares_kv: bool = (
+        False  # keys and values are those of the last layer of its kind, local or global, that has own ones
+    )
     q_norm_init: float = 1.0  # what the query norm multiplies with at the start of training; docs/models.md
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ConfigError(f"attention.heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+
+    @property
+    def kind(self) -> Literal["local", "global"]:
+        return "global" if self.window is None else "local"
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """DeepSeek-V3.2's lightning indexer (arXiv 2512.02556): which keys a query attends to."""
+
+    heads: int
+    head_dim: int
+    topk: int
+
+
+@dataclass(frozen=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one compressed key and value for all heads."""
+
+    heads: int
+    q_lora: int | None  # None: a plain query projection
+    kv_lora: int
+    nope: int  # width of a head's query and key without position
+    rope_dim: int  # and with it: one key for all heads
+    v: int
+    rope: Rope = Rope()
+    indexer: Indexer | None = None
+
+    def __post_init__(self):
+        if self.indexer is not None and self.q_lora is None:
+            raise ConfigError("mla.q_lora=None leaves the indexer without an input; give it a rank")
+        if self.indexer is not None and self.indexer.head_dim < self.rope_dim:
+            raise ConfigError(f"indexer.head_dim={self.indexer.head_dim} is below rope_dim={self.rope_dim}; widen it")
 
 
 @dataclass(frozen=True)
@@ -56,11 +105,46 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class MoE:
+    """Routed experts, each a gated MLP. Shared experts are the layer's `mlp`, which runs beside them."""
+
+    experts: int
+    topk: int
+    width: int  # of one expert
+    activation: Literal["gelu", "silu"] = "silu"
+    score: Literal["softmax", "sigmoid"] = "softmax"  # of the router logits
+    groups: int = 1  # only experts of the best `kept_groups` groups are chosen
+    kept_groups: int = 1
+    normalise: bool = False  # the weights of the chosen experts sum to 1, before `scaling`
+    scaling: float = 1.0
+    learned_scales: bool = False  # Gemma 4: a normalised, scaled router input, and a learned factor for each expert
+    bias_rate: float | None = None  # the step of the selection bias that balances the load (V3); None has no bias
+    balance: float = 0.0  # weight of the sequence-wise balance loss
+
+    def __post_init__(self):
+        if not 1 <= self.kept_groups <= self.groups or self.experts % self.groups:
+            raise ConfigError(
+                f"moe.groups={self.groups}, kept_groups={self.kept_groups} do not split experts={self.experts}; "
+                "use a divisor, and keep at most as many"
+            )
+        if not 1 <= self.topk <= self.experts // self.groups * self.kept_groups:
+            raise ConfigError(
+                f"moe.topk={self.topk} is not between 1 and the {self.experts // self.groups * self.kept_groups} "
+                f"experts that {self.kept_groups} of {self.groups} groups have"
+            )
+
+
+@dataclass(frozen=True)
 class Layer:
-    attention: Attention
-    mlp: MLP
-    post_norms: bool = True  # also normalise what attention and MLP add to the residual stream
+    attention: Attention | MLA
+    mlp: MLP | None
+    moe: MoE | None = None  # beside the mlp, or instead of it
+    post_norms: bool = True  # also normalise what attention and MLP add to the residual stream (Gemma)
     scalar: bool = False  # multiply the residual stream by a saved constant (Gemma 4)
+
+    def __post_init__(self):
+        if self.mlp is None and self.moe is None:
+            raise ConfigError("layer.mlp=None and layer.moe=None: a layer needs one of them")
 
 
 @dataclass(frozen=True)
@@ -81,16 +165,46 @@ class Model:
     embed_scale: bool = True  # embeddings are multiplied by sqrt(embed)
     tied: bool = True  # the output head is the embedding table
     final_softcap: float | None = None
+    per_layer_input: int = 0  # width of what every layer gets from a second embedding table (Gemma 4 E2B, E4B)
+    mtp: tuple[Layer, ...] = ()  # multi-token prediction: the layer of each further token that is predicted (V3)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         return tuple(layer for stage in self.stages for _ in range(stage.repeats) for layer in stage.pattern)
 
+    @property
+    def indexed(self) -> bool:
+        """Whether attention is sparse."""
+        return any(isinstance(layer.attention, MLA) and layer.attention.indexer for layer in self.layers)
 
-def stages(pattern: tuple[Layer, ...], layers: int) -> tuple[Stage, ...]:
-    """`layers` layers of a repeated pattern; a last incomplete repeat becomes a stage of its own."""
-    repeats, rest = divmod(layers, len(pattern))
-    return (Stage(pattern, repeats),) * bool(repeats) + (Stage(pattern[:rest], 1),) * bool(rest)
+    def __post_init__(self):
+        own = set()
+        for stage in self.stages:
+            attentions = [layer.attention for layer in stage.pattern if isinstance(layer.attention, Attention)]
+            for attention in attentions:
+                if attention.shares_kv and attention.kind not in own:
+                    raise ConfigError(
+                        f"a {attention.kind} layer has shares_kv=True, but no earlier stage has a layer of that kind "
+                        "with keys of its own; let one come before"
+                    )
+            own |= {attention.kind for attention in attentions if not attention.shares_kv}
+
+
+def stages(layers: tuple[Layer, ...]) -> tuple[Stage, ...]:
+    """Layers as repeated patterns: at each place the one that covers most, the shortest of those.
+
+    (dense,) * 3 + (moe,) * 58 is two stages; five local and one global layer, ten times, is one of ten repeats.
+    """
+    result = []
+    while layers:
+        period, repeats = 1, 1
+        for p in range(1, len(layers) // 2 + 1):
+            r = next(r for r in range(1, len(layers) + 1) if layers[r * p : (r + 1) * p] != layers[:p])
+            if r > 1 and p * r > period * repeats:
+                period, repeats = p, r
+        result.append(Stage(layers[:period], repeats))
+        layers = layers[period * repeats :]
+    return tuple(result)
 
 
 # -------------------------------------------------------------------------------------------- the run
@@ -146,7 +260,11 @@ class Optim:
     b2: float = 0.95  # also Muon's momentum
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only
-    clip: float = 1.0  # largest global gradient norm
+    clip: float = 1.0  # largest global gradient norm, of the model and of its indexers
+
+    def __post_init__(self):
+        if self.lr <= 0 or self.clip <= 0:
+            raise ConfigError(f"optim.lr={self.lr}, optim.clip={self.clip} trains nothing; both must be above 0")
 
 
 @dataclass(frozen=True)
@@ -162,6 +280,8 @@ class Config:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     scan_layers: bool = True  # False unrolls the same stacked parameters
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    indexer: Literal["warmup", "sparse"] = "sparse"  # stage of sparse attention; warmup trains the indexer alone
+    mtp_weight: float = 0.3  # of the mean loss of the further tokens that `model.mtp` predicts
     z_loss: float = 0.0  # weight of logsumexp², which keeps the logits from drifting (PaLM, arXiv 2204.02311)
     seed: int = 0
     log_every: int = 10
@@ -194,6 +314,10 @@ class Config:
             )
         if self.data.seq_len < 1 or self.data.seq_len % self.mesh.context:
             raise ConfigError(f"data.seq_len={self.data.seq_len} is not a multiple of mesh.context={self.mesh.context}")
+        if self.indexer == "warmup" and not self.model.indexed:
+            raise ConfigError("indexer=warmup trains nothing: no layer of this model has an indexer; use sparse")
+        if self.model.mtp and self.mtp_weight <= 0:
+            raise ConfigError(f"mtp_weight={self.mtp_weight} trains nothing in model.mtp; use 0.3, or mtp=()")
         for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")

@@ -37,7 +37,7 @@ def _sampler(mesh: Mesh, layouts: LM) -> Callable[..., Int32[Array, "devices win
 
         def following(at: Array, ids: Array) -> Array:
             tokens = jax.lax.dynamic_slice(ids, (first,), (length,))
-            x = model(tokens[None], place[None], jnp.ones_like(tokens)[None])
+            x, _ = model(tokens[None], place[None], jnp.ones_like(tokens)[None])
             last = psum(jnp.sum(jnp.where((place == at - 1)[:, None], x, 0), axis=0), "context")
             logits = all_gather("vocab/tensor -> vocab", local_logits(model, last[None])[0])
             noise = jax.random.fold_in(jax.random.wrap_key_data(key), at)

@@ -1,13 +1,13 @@
-"""Hugging Face checkpoint folders of the Gemma families: `config.json` and safetensors to an Equinox model.
+"""Hugging Face checkpoint folders of all families: safetensors to an Equinox model.
 
-`model_config` reads both spellings of the configs (the hub's own and what transformers 5 writes). `TABLE`
-names every weight once: the file's name, ours, and how the axes go from one to the other.
+The tables name every weight once: ours, the file's name, and how the axes go from one to the other.
 """
 
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import einops
 import jax
@@ -17,154 +17,111 @@ from jax.sharding import NamedSharding
 from mintrain import config, sharding
 from mintrain.arrays import Weight, check, weights
 from mintrain.config import ConfigError
+from mintrain.hf_config import model_config
 from mintrain.model import LM
 
-LINEAR = "ff embed -> embed ff"
+SAME = "dim -> dim"
 TABLE = {  # ours: (the file's, axes of the file -> our axes, for one layer)
     "embedding.table": ("embed_tokens.weight", "vocab embed -> vocab embed"),
-    "norm.scale": ("norm.weight", "dim -> dim"),
-    "attention_norm.scale": ("input_layernorm.weight", "dim -> dim"),
+    "head.table": ("lm_head.weight", "vocab embed -> vocab embed"),
+    "norm.scale": ("norm.weight", SAME),
+    "per_layer_inputs.embedding.table": ("embed_tokens_per_layer.weight", "vocab embed -> vocab embed"),
+    "per_layer_inputs.projection": ("per_layer_model_projection.weight", "layers_width embed -> embed layers_width"),
+    "per_layer_inputs.norm.scale": ("per_layer_projection_norm.weight", SAME),
+    "attention_norm.scale": ("input_layernorm.weight", SAME),
+    "mlp.gate": ("mlp.gate_proj.weight", "ff embed -> embed ff"),
+    "mlp.up": ("mlp.up_proj.weight", "ff embed -> embed ff"),
+    "mlp.down": ("mlp.down_proj.weight", "embed ff -> ff embed"),
+}
+GEMMA = TABLE | {
     "attention.q": ("self_attn.q_proj.weight", "(kv_heads group head) embed -> embed kv_heads group head"),
     "attention.k": ("self_attn.k_proj.weight", "(kv_heads head) embed -> embed kv_heads head"),
     "attention.v": ("self_attn.v_proj.weight", "(kv_heads head) embed -> embed kv_heads head"),
     "attention.o": ("self_attn.o_proj.weight", "embed (kv_heads group head) -> kv_heads group head embed"),
-    "attention.q_norm.scale": ("self_attn.q_norm.weight", "dim -> dim"),
-    "attention.k_norm.scale": ("self_attn.k_norm.weight", "dim -> dim"),
-    "attention_post_norm.scale": ("post_attention_layernorm.weight", "dim -> dim"),
-    "mlp_norm.scale": ("pre_feedforward_layernorm.weight", "dim -> dim"),
-    "mlp.gate": ("mlp.gate_proj.weight", LINEAR),
-    "mlp.up": ("mlp.up_proj.weight", LINEAR),
-    "mlp.down": ("mlp.down_proj.weight", "embed ff -> ff embed"),
-    "mlp_post_norm.scale": ("post_feedforward_layernorm.weight", "dim -> dim"),
+    "attention.q_norm.scale": ("self_attn.q_norm.weight", SAME),
+    "attention.k_norm.scale": ("self_attn.k_norm.weight", SAME),
+    "attention_post_norm.scale": ("post_attention_layernorm.weight", SAME),
+    "mlp_norm.scale": ("pre_feedforward_layernorm.weight", SAME),
+    "mlp_post_norm.scale": ("post_feedforward_layernorm.weight", SAME),
     "scalar": ("layer_scalar", "1 -> "),
+    # 26B
+    "branches.mlp_post_norm.scale": ("post_feedforward_layernorm_1.weight", SAME),
+    "branches.moe_norm.scale": ("pre_feedforward_layernorm_2.weight", SAME),
+    "branches.moe_post_norm.scale": ("post_feedforward_layernorm_2.weight", SAME),
+    "moe.router.weight": ("router.proj.weight", "routes embed -> embed routes"),
+    "moe.router.scale": ("router.scale", SAME),
+    "moe.router.expert_scale": ("router.per_expert_scale", "routes -> routes"),
+    "moe.gate_up": ("experts.gate_up_proj", "experts (pair ff) embed -> experts embed pair ff"),
+    "moe.down": ("experts.down_proj", "experts embed ff -> experts ff embed"),
+    # E2B, E4B
+    "per_layer.gate": ("per_layer_input_gate.weight", "width embed -> embed width"),
+    "per_layer.out": ("per_layer_projection.weight", "embed width -> width embed"),
+    "per_layer.norm.scale": ("post_per_layer_input_norm.weight", SAME),
 }
+DEEPSEEK = TABLE | {
+    "attention.q": ("self_attn.q_proj.weight", "(heads head) embed -> embed heads head"),
+    "attention.q_a": ("self_attn.q_a_proj.weight", "q_lora embed -> embed q_lora"),
+    "attention.q_norm.scale": ("self_attn.q_a_layernorm.weight", SAME),
+    "attention.q_b": ("self_attn.q_b_proj.weight", "(heads head) q_latent -> q_latent heads head"),
+    "attention.kv_a": ("self_attn.kv_a_proj_with_mqa.weight", "compressed embed -> embed compressed"),
+    "attention.kv_norm.scale": ("self_attn.kv_a_layernorm.weight", SAME),
+    "attention.kv_b": ("self_attn.kv_b_proj.weight", "(heads nope_v) kv_latent -> kv_latent heads nope_v"),
+    "attention.o": ("self_attn.o_proj.weight", "embed (heads v) -> heads v embed"),
+    "attention.indexer.q": (
+        "self_attn.indexer.wq_b.weight",
+        "(index_heads index_dim) q_latent -> q_latent index_heads index_dim",
+    ),
+    "attention.indexer.k": ("self_attn.indexer.wk.weight", "index_dim embed -> embed index_dim"),
+    "attention.indexer.k_norm.scale": ("self_attn.indexer.k_norm.weight", SAME),
+    "attention.indexer.k_norm.bias": ("self_attn.indexer.k_norm.bias", SAME),
+    "attention.indexer.head_weights": (
+        "self_attn.indexer.weights_proj.weight",
+        "index_heads embed -> embed index_heads",
+    ),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", SAME),
+    "moe.router.weight": ("mlp.gate.weight", "routes embed -> embed routes"),
+    "moe.router.bias": ("mlp.gate.e_score_correction_bias", "routes -> routes"),
+    # one tensor for each expert: {} counts them, and all that one of ours is made of are stacked along a first axis
+    "moe.gate_up": (
+        "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
+        "(experts pair) ff embed -> experts embed pair ff",
+    ),
+    "moe.down": ("mlp.experts.{}.down_proj.weight", "experts embed ff -> experts ff embed"),
+}
+SHARED_EXPERTS = "mlp.shared_experts."  # the name of `mlp` in the files of layers that also have routed experts
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # multimodal checkpoints nest the text model
 
-# What a hub config leaves out: the defaults of the config classes of transformers 5.23.
-HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, rms_norm_eps=1e-6)
-DEFAULTS = {
-    "gemma2": dict(
-        HEADS,
-        vocab_size=256_000,
-        sliding_window=4096,
-        rope_theta=1e4,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-    ),
-    "gemma3": dict(HEADS, vocab_size=262_208, sliding_window=4096, rope_theta=1e6),
-    "gemma4": dict(HEADS, vocab_size=262_144, sliding_window=512, global_head_dim=512, hidden_size_per_layer_input=256),
-}
-READ = {  # the values of switches that this decoder computes; others would load and give other numbers
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "tie_word_embeddings": (True,),
-    "attention_bias": (False,),
-    "use_bidirectional_attention": (None, False, "vision"),
-    "enable_moe_block": (None, False),
-    "num_kv_shared_layers": (None, 0),
-    "hidden_size_per_layer_input": (None, 0),
-}
+
+class Source(NamedTuple):
+    """Where a weight comes from: for each of its layers, the file's tensors, which are stacked if `stack`."""
+
+    layers: list[list[str]]
+    stack: bool
+    axes: str
 
 
-def model_config(hf: dict[str, Any]) -> config.Model:
-    """The architecture that a Gemma 2, 3 or 4 (dense) `config.json` describes. Raises ConfigError for any other."""
-    hf = hf.get("text_config") or hf
-    family = str(hf.get("model_type")).removesuffix("_text")
-    if family not in DEFAULTS:
-        raise ConfigError(f"model_type={hf.get('model_type')!r} is not read; use gemma2, gemma3 or gemma4")
-    hf = {**DEFAULTS[family], **hf}
-    for name, allowed in READ.items():
-        if name in hf and hf[name] not in allowed:
-            raise ConfigError(
-                f"{name}={hf[name]!r} in config.json is not read; only {' or '.join(map(repr, allowed))} is"
-            )
-    try:
-        types = _layer_types(hf, family)
-        layers = tuple(_layer(hf, family, i, kind) for i, kind in enumerate(types))
-        period = next(p for p in range(1, len(layers) + 1) if all(a == layers[i % p] for i, a in enumerate(layers)))
-        return config.Model(
-            vocab=hf["vocab_size"],
-            embed=hf["hidden_size"],
-            stages=config.stages(layers[:period], len(layers)),
-            norm_offset=0.0 if family == "gemma4" else 1.0,
-            norm_eps=hf["rms_norm_eps"],
-            final_softcap=hf.get("final_logit_softcapping"),
-        )
-    except KeyError as error:
-        raise ConfigError(f"config.json has no {error.args[0]}; add it") from error
-
-
-def _layer_types(hf: dict[str, Any], family: str) -> list[str]:
-    count = hf["num_hidden_layers"]
-    if types := hf.get("layer_types"):
-        if len(types) != count:
-            raise ConfigError(
-                f"layer_types in config.json names {len(types)} layers, num_hidden_layers={count}; mend one"
-            )
-        return types
-    period = 2 if family == "gemma2" else hf.get("sliding_window_pattern") or 6
-    types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
-    return [*types[:-1], "full_attention"] if family == "gemma4" else types
-
-
-def _layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.Layer:
-    full = kind == "full_attention"
-    head, kv_heads = hf["head_dim"], hf["num_key_value_heads"]
-    k_is_v = full and bool(hf.get("attention_k_eq_v"))
-    if family == "gemma4" and full:
-        per_layer = {int(k): v for k, v in (hf.get("per_layer_config") or {}).items()}  # keys such as "05"
-        own = per_layer.get(i, {})  # transformers 5 writes this, the hub the fields below
-        head = own.get("head_dim", hf.get("global_head_dim") or head)
-        shared = hf.get("num_global_key_value_heads") if k_is_v else None
-        kv_heads = own.get("num_key_value_heads", shared or kv_heads)
-    return config.Layer(
-        attention=config.Attention(
-            heads=hf["num_attention_heads"],
-            kv_heads=kv_heads,
-            head_dim=head,
-            scale=1.0 if family == "gemma4" else hf["query_pre_attn_scalar"] ** -0.5,
-            rope=_rope(hf, family, kind),
-            window=None if full else hf["sliding_window"],
-            softcap=hf.get("attn_logit_softcapping") if family == "gemma2" else None,
-            qk_norm=family != "gemma2",
-            v_norm=family == "gemma4",
-            k_is_v=k_is_v,
-        ),
-        mlp=config.MLP(hf["intermediate_size"]),
-        scalar=family == "gemma4",
-    )
-
-
-def _rope(hf: dict[str, Any], family: str, kind: str) -> config.Rope:
-    parameters = hf.get("rope_parameters") or {}
-    rope = parameters.get(kind, parameters)
-    if not rope and family == "gemma3" and kind == "sliding_attention":
-        rope = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}
-    elif not rope:
-        rope = {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "proportional"):
-        raise ConfigError(f"rope_type={kind!r} is not read; use default, linear or proportional")
-    return config.Rope(
-        theta=rope["rope_theta"],
-        factor=rope.get("factor", 1.0),
-        fraction=rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0,
-    )
-
-
-def rows(model: LM) -> list[tuple[list[str], str]]:
-    """For each weight of `model`, in the order of its leaves: the file's names (one a layer), and the axes."""
+def sources(model: LM) -> list[Source]:
+    """The source of each weight of `model`, in the order of its leaves. Names are without the text model's prefix."""
     result, starts = [], [0]
     for stage in model.cfg.stages:
         starts.append(starts[-1] + len(stage.pattern) * stage.repeats)
     for weight in weights(model):
         inside = re.fullmatch(r"stages\[(\d+)\]\[(\d+)\]\.(.*)", weight.path)
-        name, axes = TABLE[inside[3] if inside else weight.path]
-        if inside:
-            stage = model.cfg.stages[int(inside[1])]
-            at = [starts[int(inside[1])] + r * len(stage.pattern) + int(inside[2]) for r in range(stage.repeats)]
-            result.append(([f"layers.{i}.{name}" for i in at], axes))
-        else:
-            result.append(([name], axes))
+        if not inside:
+            template, axes = TABLE[weight.path]
+            result.append(Source([[template]], False, axes))
+            continue
+        stage = model.cfg.stages[int(inside[1])]
+        layer = stage.pattern[int(inside[2])]
+        table = DEEPSEEK if isinstance(layer.attention, config.MLA) else GEMMA
+        template, axes = table[inside[3]]
+        if layer.moe and table is DEEPSEEK:
+            template = re.sub(r"^mlp\.(?=\w+_proj)", SHARED_EXPERTS, template)
+        stack, at = "{}" in template, starts[int(inside[1])] + int(inside[2])
+        experts = range(layer.moe.experts) if layer.moe and stack else [0]
+        names = [name.format(e) for e in experts for name in template.split()]
+        numbers = range(at, at + stage.repeats * len(stage.pattern), len(stage.pattern))
+        result.append(Source([[f"layers.{i}.{name}" for name in names] for i in numbers], stack, axes))
     return result
 
 
@@ -174,14 +131,16 @@ def _text_names(names: list[str]) -> dict[str, str]:
     return {name.removeprefix(prefix): name for name in names if name.startswith(prefix) or prefix == "model."}
 
 
-def _read(array: np.ndarray, axes: str, weight: Weight) -> np.ndarray | None:
-    """One layer's tensor with our axes, or None if it does not have the shape of `weight`."""
-    shape = weight.value.shape[weight.stacked :]
-    try:
-        array = einops.rearrange(array, axes, **dict(zip(weight.dims, shape, strict=True)))
-    except einops.EinopsError:
-        return None
-    return array if array.shape == shape else None
+def _sizes(weight: Weight) -> dict[str, int]:
+    return dict(zip(weight.dims, weight.value.shape[weight.stacked :], strict=True))
+
+
+def file_shape(source: Source, weight: Weight) -> tuple[int, ...]:
+    """The shape that each of the weight's tensors has in the file."""
+    groups = re.findall(r"\(([^)]*)\)|(\w+)", source.axes.split("->")[0])
+    sizes = {**_sizes(weight), "1": 1}
+    shape = tuple(math.prod(sizes[name] for name in (many or one).split()) for many, one in groups)
+    return shape[1:] if source.stack else shape
 
 
 def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None = None) -> LM:
@@ -202,17 +161,21 @@ def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None
     found = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
     files = _text_names(list(found))
     problems, leaves = [], []
-    for weight, (names, axes) in zip(weights(shapes), rows(shapes), strict=True):
-        layers = []
-        for name in names:
-            full_name = files.pop(name, None)
-            if full_name is None:
-                problems.append(f"missing {name}")
-                continue
-            array = found[full_name].get_tensor(full_name)
-            layers.append(_read(array, axes, weight))
-            if layers[-1] is None:
-                problems.append(f"{full_name} has shape {array.shape}")
+    for weight, source in zip(weights(shapes), sources(shapes), strict=True):
+        layers, expected = [], file_shape(source, weight)
+        for names in source.layers:
+            tensors = []
+            for name in names:
+                if name not in files:
+                    problems.append(f"missing {name}")
+                    continue
+                full_name = files.pop(name)
+                tensors.append(found[full_name].get_tensor(full_name))
+                if tensors[-1].shape != expected:
+                    problems.append(f"{full_name} has shape {tensors[-1].shape}, expected {expected}")
+            if not problems:
+                tensor = np.stack(tensors) if source.stack else tensors[0]
+                layers.append(einops.rearrange(tensor, source.axes, **_sizes(weight)))
         if not problems:
             leaf = (np.stack(layers) if weight.stacked else layers[0]).astype(np.float32)
             leaves.append(jax.device_put(leaf, NamedSharding(devices, sharding.spec(weight))))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from mintrain.collectives import psum
+from mintrain.collectives import all_gather, psum
 from mintrain.layers.linear import gather
 from mintrain.model import LM, Remat
 from mintrain.sharding import ALL_TOKENS
@@ -84,23 +84,87 @@ def target_statistics(
     return psum(jnp.sum(target_logit, axis=0), "tensor"), log_z
 
 
+class Counts(eqx.Module):
+    """What sums over a whole step are divided by, so that microbatches and devices add up to one big batch."""
+
+    targets: Float32[Array, ""]
+    tokens: Float32[Array, ""]  # real ones: all but padding
+
+
+class Report(eqx.Module):
+    """Sums over the real tokens of all devices, in nats; None where the model has no such part."""
+
+    nll: Float32[Array, ""]
+    mtp_nll: Float32[Array, ""] | None  # the mean over the further tokens that are predicted
+    balance: Float32[Array, ""] | None  # the routers' balance loss, the mean over layers
+    indexer_kl: Float32[Array, ""] | None  # the mean over layers
+    load: tuple[Float32[Array, "..."] | None, ...]  # tokens of each expert, in the order of `LM.blocks`
+
+
 def next_token_loss(
     model: LM,
     batch: Batch,
-    count: Float32[Array, ""],
+    counts: Counts,
     *,
     scan: bool,
     remat: Remat,
     z_loss: float,
-) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """The loss to differentiate and the summed negative log-likelihood in nats, over the tokens of all devices.
+    mtp_weight: float,
+    indexer_only: bool,
+) -> tuple[Float32[Array, ""], Report]:
+    """The loss to differentiate, and its parts. Every part is a sum over tokens divided by a count of the whole step.
 
-    The loss is a sum over tokens divided by `count`, the real tokens of the *whole step*: sums of microbatches
-    and of devices are then exactly the loss of one big batch.
+    indexer_only: the loss is the indexers' KL alone (their dense warm-up). Otherwise it is added to the others: no
+    gradient of it reaches the rest of the model, and none of theirs the indexers.
     """
-    x = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
-    target_logit, log_z = target_statistics(x, model.output_table, batch.targets.reshape(-1), model.cfg.final_softcap)
+    x, aux = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
+    softcap, table = model.cfg.final_softcap, model.output_table
+    target_logit, log_z = target_statistics(x, table, batch.targets.reshape(-1), softcap)
     weights = batch.weights.reshape(-1)
     nll = psum(token_loss(target_logit, log_z, weights), *ALL_TOKENS)
-    z = psum(jnp.sum(weights * jnp.square(log_z)), *ALL_TOKENS)
-    return (nll + z_loss * z) / count, nll
+    loss = (nll + z_loss * psum(jnp.sum(weights * jnp.square(log_z)), *ALL_TOKENS)) / counts.targets
+
+    mtp_nll = None
+    for depth, module in enumerate(model.mtp, 1):
+        following, targets, valid = ahead(batch, depth)
+        apply = jax.checkpoint(lambda module, x, y: module(x, y, batch.positions, batch.segments))
+        x, more = apply(module, x, model.embed(following.reshape(-1)))
+        statistics = target_statistics(x, table, targets.reshape(-1), softcap)
+        part = psum(token_loss(*statistics, valid.reshape(-1)), *ALL_TOKENS) / len(model.mtp)
+        aux, mtp_nll = (*aux, more), part if mtp_nll is None else mtp_nll + part
+    if mtp_nll is not None:
+        loss = loss + mtp_weight * mtp_nll / counts.targets
+
+    moes = [block.moe for block in model.blocks]
+    balances = [(moe.cfg.balance, a.balance) for moe, a in zip(moes, aux, strict=True) if moe is not None]
+    for weight, balance in balances:
+        loss = loss + weight * psum(jnp.sum(balance), *ALL_TOKENS) / counts.tokens
+    indexer_kl = mean_over_layers([a.indexer_kl for a in aux])
+    if indexer_kl is not None:
+        loss = (0.0 if indexer_only else loss) + indexer_kl / counts.tokens
+    load = tuple(None if a.load is None else psum(a.load, *ALL_TOKENS) for a in aux)
+    return loss, Report(nll, mtp_nll, mean_over_layers([balance for _, balance in balances]), indexer_kl, load)
+
+
+def mean_over_layers(parts: list[Float32[Array, "..."] | None]) -> Float32[Array, ""] | None:
+    """The mean over all layers that have a part, of its sum over all devices."""
+    found = [part for part in parts if part is not None]
+    return psum(sum(map(jnp.sum, found)), *ALL_TOKENS) / sum(part.size for part in found) if found else None
+
+
+def ahead(
+    batch: Batch, depth: int
+) -> tuple[Int32[Array, "batch seq"], Int32[Array, "batch seq"], Float32[Array, "batch seq"]]:
+    """Of each token, the one `depth` further on, that one's target, and the target's weight.
+
+    The weight is 0 where the row or the document has ended before.
+    """
+    seq = batch.tokens.shape[1]
+
+    def later(x: Array, by: int) -> Array:
+        whole = all_gather("batch seq/context -> batch seq", x)
+        whole = jnp.pad(whole, ((0, 0), (0, by)))
+        return jax.lax.dynamic_slice_in_dim(whole, seq * jax.lax.axis_index("context") + by, seq, axis=1)
+
+    weights = jnp.where(later(batch.segments, depth) == batch.segments, later(batch.weights, depth), 0.0)
+    return later(batch.targets, depth - 1), later(batch.targets, depth), weights

@@ -78,6 +78,8 @@ class Log:
                 "tokens_per_s": round(self.cfg.batch_size * self.cfg.data.seq_len / step_s, 1),
                 "step_s": round(step_s, 4),
             }
+            parts = {name: getattr(metrics, name) for name in ("mtp_loss", "balance", "expert_load", "indexer_kl")}
+            record |= {name: _json(float(value)) for name, value in parts.items() if value is not None}
             self._write(record)
             if finite:
                 print(_progress(record, self.cfg.steps), flush=True)
@@ -154,7 +156,8 @@ def _progress(record: dict, steps: int) -> str:
     minutes, seconds = divmod(round(record["step_s"] * (steps - record["step"])), 60)
     left = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
     bits = "" if record["bits_per_byte"] is None else f"  bits/byte {record['bits_per_byte']:.3f}"
+    kl = f"  indexer {record['indexer_kl']:.3f}" if "indexer_kl" in record else ""
     return (
-        f"step {record['step']}/{steps}  loss {record['loss']:.4f}{bits}  lr {record['lr']:.2e}  "
+        f"step {record['step']}/{steps}  loss {record['loss']:.4f}{bits}{kl}  lr {record['lr']:.2e}  "
         f"grad {record['grad_norm']:.3g}  {record['tokens_per_s']:.0f} tok/s  {left} left"
     )

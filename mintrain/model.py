@@ -6,19 +6,21 @@ Everything here runs inside `jax.shard_map` (step.py); shapes are those of one d
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
-from mintrain.arrays import buffer
-from mintrain.layers.attention import Attention
+from mintrain.block import Aux, Block
+from mintrain.layers.attention import KV
 from mintrain.layers.embedding import Embedding
-from mintrain.layers.mlp import MLP
+from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm
+from mintrain.layers.per_layer import PerLayerInputs
 
 Remat = Literal["none", "dots", "full"]
 POLICIES = {  # what the backward pass finds saved; gathered weights never are, or FSDP would save no memory
@@ -28,67 +30,72 @@ POLICIES = {  # what the backward pass finds saved; gathered weights never are, 
 }
 
 
-class Block(eqx.Module):
-    attention_norm: RMSNorm
-    attention: Attention
-    attention_post_norm: RMSNorm | None
-    mlp_norm: RMSNorm
-    mlp: MLP
-    mlp_post_norm: RMSNorm | None
-    scalar: Float32[Array, ""] | None = buffer()
+class MTP(eqx.Module):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): a layer that reads one token further.
+
+    Token vectors and output head are the model's.
+    """
+
+    hidden_norm: RMSNorm
+    token_norm: RMSNorm
+    join: Float32[Array, "pair embed joined"]  # of token and hidden state
+    block: Block
+    norm: RMSNorm
 
     @staticmethod
-    def init(c: config.Layer, model: config.Model, *, key: PRNGKeyArray) -> "Block":
-        keys = jax.random.split(key)
-        norm = partial(RMSNorm.init, model.embed, model.norm_offset, model.norm_eps)
-        return Block(
-            attention_norm=norm(),
-            attention=Attention.init(c.attention, model, key=keys[0]),
-            attention_post_norm=norm() if c.post_norms else None,
-            mlp_norm=norm(),
-            mlp=MLP.init(c.mlp, model.embed, key=keys[1]),
-            mlp_post_norm=norm() if c.post_norms else None,
-            scalar=jnp.ones((), jnp.float32) if c.scalar else None,
-        )
+    def init(c: config.Layer, model: config.Model, warmup: bool, *, key: PRNGKeyArray) -> "MTP":
+        keys, norm = jax.random.split(key), partial(RMSNorm.init, model.embed, model.norm_offset, model.norm_eps)
+        join = normal(keys[0], (2, model.embed, model.embed), fan_in=2 * model.embed)
+        return MTP(norm(), norm(), join, Block.init(c, model, warmup, key=keys[1]), norm())
 
     def __call__(
         self,
         x: Float[Array, "token embed"],
+        following: Float[Array, "token embed"],
         positions: Int32[Array, "batch seq"],
         segments: Int32[Array, "batch seq"],
-    ) -> Float[Array, "token embed"]:
-        h = self.attention(self.attention_norm(x), positions, segments)
-        x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
-        h = self.mlp(self.mlp_norm(x))
-        x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
-        return x if self.scalar is None else x * jax.lax.stop_gradient(self.scalar).astype(x.dtype)
+    ) -> tuple[Float[Array, "token embed"], Aux]:
+        """Normalised hidden states from those of the model (or the module before) and the next token's vector."""
+        pair = jnp.stack([self.token_norm(following), self.hidden_norm(x)])
+        join = gather("pair embed/fsdp joined -> pair embed joined", self.join, x.dtype)
+        x, aux, _ = self.block(jnp.einsum("ptd,pdj->tj", pair, join), positions, segments)
+        return self.norm(x), aux
 
 
 class LM(eqx.Module):
     embedding: Embedding
+    per_layer_inputs: PerLayerInputs | None
     stages: tuple[tuple[Block, ...], ...]  # per stage, its pattern; every array has a leading axis of repeats
     norm: RMSNorm
     head: Embedding | None  # None: the head is the embedding table, one leaf used twice
+    mtp: tuple[MTP, ...]
     cfg: config.Model = eqx.field(static=True)
     compute_dtype: str = eqx.field(static=True)  # of activations and matmul inputs; parameters are float32
 
     @staticmethod
-    def init(c: config.Model, compute_dtype: str, *, key: PRNGKeyArray) -> "LM":
-        """Random parameters for training from scratch (docs/models.md says why these scales)."""
-        keys = jax.random.split(key, len(c.stages) + 2)
+    def init(c: config.Model, compute_dtype: str, warmup: bool = False, *, key: PRNGKeyArray) -> "LM":
+        """Random parameters for training from scratch (docs/models.md says why these scales).
+
+        warmup: the indexers' first stage, in which attention is dense (config.Config.indexer).
+        """
+        keys = jax.random.split(key, len(c.stages) + len(c.mtp) + 3)
+        at_stages, at_mtp = keys[3 : 3 + len(c.stages)], keys[3 + len(c.stages) :]
 
         def pattern(stage: config.Stage, key: PRNGKeyArray) -> tuple[Block, ...]:
             layers = zip(stage.pattern, jax.random.split(key, len(stage.pattern)), strict=True)
-            return tuple(Block.init(layer, c, key=k) for layer, k in layers)
+            return tuple(Block.init(layer, c, warmup, key=k) for layer, k in layers)
 
+        small = c.embed**-0.5
         return LM(
-            embedding=Embedding.init(c.vocab, c.embed, key=keys[0]),
+            embedding=Embedding.init(c.vocab, c.embed, small if c.embed_scale else 1.0, key=keys[0]),
+            per_layer_inputs=PerLayerInputs.init(c, key=keys[2]) if c.per_layer_input else None,
             stages=tuple(
                 jax.vmap(partial(pattern, stage))(jax.random.split(k, stage.repeats))
-                for stage, k in zip(c.stages, keys[2:], strict=True)
+                for stage, k in zip(c.stages, at_stages, strict=True)
             ),
             norm=RMSNorm.init(c.embed, c.norm_offset, c.norm_eps),
-            head=None if c.tied else Embedding.init(c.vocab, c.embed, key=keys[1]),
+            head=None if c.tied else Embedding.init(c.vocab, c.embed, small, key=keys[1]),
+            mtp=tuple(MTP.init(layer, c, warmup, key=k) for layer, k in zip(c.mtp, at_mtp, strict=True)),
             cfg=c,
             compute_dtype=compute_dtype,
         )
@@ -105,28 +112,59 @@ class LM(eqx.Module):
         *,
         scan: bool = True,
         remat: Remat = "none",
-    ) -> Float[Array, "token embed"]:
-        """Normalised hidden states, the input of the output head.
+    ) -> tuple[Float[Array, "token embed"], tuple[Aux, ...]]:
+        """Normalised hidden states, the input of the output head, and what the layers say beside them.
 
         positions: count from 0 within each document.  segments: number a row's documents from 1; 0 is padding.
         scan: one compiled body per stage; otherwise the layers are unrolled, over the same stacked parameters.
         """
         x = self.embed(tokens.reshape(-1))
-        apply = lambda block, x: block(x, positions, segments)
+        inputs = None if self.per_layer_inputs is None else self.per_layer_inputs(tokens.reshape(-1), x)
+        apply = lambda block, x, layer_input, kv: block(x, positions, segments, layer_input, kv)
+        kinds = {layer.attention.kind for layer in self.cfg.layers if _shares(layer)}
+        shared: dict[str, KV] = {}  # keys and values by kind of layer, from the last stage that made its own
+        done, all_aux = 0, []
 
-        def body(x: Float[Array, "token embed"], blocks: tuple[Block, ...]) -> tuple[Float[Array, "..."], None]:
-            for block in blocks:
-                x = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=not scan)(block, x)
-            return x, None
+        def body(
+            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[Block, ...], Any]
+        ) -> tuple[Float[Array, "token embed"], tuple[tuple[Aux, ...], dict[str, KV]]]:
+            made, auxs = {}, []
+            for i, (layer, block) in enumerate(zip(stage.pattern, xs[0], strict=True)):
+                layer_input = None if xs[1] is None else xs[1][i]
+                kv = shared[layer.attention.kind] if _shares(layer) else None
+                step = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=not scan)
+                x, aux, kv = step(block, x, layer_input, kv)
+                auxs.append(aux)
+                if kinds and not _shares(layer) and layer.attention.kind in kinds:
+                    made[layer.attention.kind] = kv
+            return x, (tuple(auxs), made)
 
         for stage, blocks in zip(self.cfg.stages, self.stages, strict=True):
+            layers, xs = len(stage.pattern) * stage.repeats, (blocks, None)
+            if inputs is not None:
+                xs = blocks, rearrange(inputs[done : done + layers], "(r p) t w -> r p t w", r=stage.repeats)
+            done += layers
             if scan:
-                x, _ = jax.lax.scan(body, x, blocks)
+                x, (aux, made) = jax.lax.scan(partial(body, stage), x, xs)
             else:
+                steps = []
                 for i in range(stage.repeats):
-                    x, _ = body(x, jax.tree.map(lambda w, i=i: w[i], blocks))
-        return self.norm(x)
+                    x, y = body(stage, x, jax.tree.map(lambda w, i=i: w[i], xs))
+                    steps.append(y)
+                aux, made = jax.tree.map(lambda *y: jnp.stack(y), *steps)
+            shared |= jax.tree.map(lambda y: y[-1], made)
+            all_aux.extend(aux)
+        return self.norm(x), tuple(all_aux)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All layers: of the stages, each with its repeats stacked, then of `mtp`."""
+        return tuple(block for stage in self.stages for block in stage) + tuple(module.block for module in self.mtp)
 
     @property
     def output_table(self) -> Float32[Array, "vocab embed"]:
         return (self.embedding if self.head is None else self.head).table
+
+
+def _shares(layer: config.Layer) -> bool:
+    return isinstance(layer.attention, config.Attention) and layer.attention.shares_kv

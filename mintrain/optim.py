@@ -34,8 +34,11 @@ def schedule(cfg: Optim, steps: int) -> Callable[[Int32[Array, ""]], Float32[Arr
     return lr
 
 
-def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation:
+def optimizer(cfg: Optim, steps: int, model: LM, indexer_only: bool) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW or Muon. `model` may be abstract: only its annotations are read.
+
+    Indexers are clipped apart from the rest, as nothing else joins their gradients. Buffers stay as they are, and
+    with `indexer_only` everything but the indexers does.
 
     Under Muon the matrices of the layers are orthogonalised and scaled so that an update has the size of
     AdamW's (Liu et al. 2025, arXiv 2502.16982): one `lr` serves both. Embeddings and norms use AdamW.
@@ -58,7 +61,25 @@ def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation
             consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda _: matrices,
         )
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+    indexer = _per_weight(model, lambda weight: "indexer" in weight.path)
+    trained = _per_weight(model, lambda w: not w.buffer and ("indexer" in w.path or not indexer_only))
+
+    def clip(grads: LM, _: LM | None) -> LM:
+        norms = {kind: group_norm(grads, indexer, kind) for kind in (True, False)}
+        shrink = {kind: jnp.minimum(1.0, cfg.clip / jnp.maximum(norm, cfg.clip)) for kind, norm in norms.items()}
+        return jax.tree.map(lambda g, kind: g * shrink[kind], grads, indexer)
+
+    keep = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trained)
+    )
+    return optax.chain(optax.stateless(clip), update, keep)
+
+
+def group_norm(grads: LM, groups: LM, group: bool) -> Float32[Array, ""]:
+    """The norm of the gradients of one group of weights."""
+    return optax.tree.norm(
+        [g for g, kind in zip(jax.tree.leaves(grads), jax.tree.leaves(groups), strict=True) if kind == group]
+    )
 
 
 def _per_weight(model: LM, value: Callable[[Weight], Any]) -> LM:
@@ -66,9 +87,12 @@ def _per_weight(model: LM, value: Callable[[Weight], Any]) -> LM:
 
 
 def _matrix(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes a weight sums over and which it makes. Axes that are neither (repeats) are separate matrices."""
-    axes = tuple(range(-len(weight.dims), 0))
-    if len(weight.dims) < 2 or "vocab" in weight.dims:
+    """Which axes a weight sums over and which it makes. Repeats, experts and pairs are separate matrices."""
+    dims = [(i, name) for i, name in enumerate(weight.dims, -len(weight.dims)) if name not in ("experts", "pair")]
+    if len(dims) < 2 or "vocab" in weight.dims:
         return None
-    split = 1 if weight.dims[0] == "embed" else -1  # "embed heads head" reads the stream, "ff embed" writes it
+    axes = tuple(i for i, _ in dims)
+    split = (
+        -1 if dims[-1][1] == "embed" else 1
+    )  # "heads head embed" writes the residual stream, others read their first dim
     return optax.contrib.MuonDimensionNumbers(axes[:split], axes[split:])

@@ -67,7 +67,7 @@ def override(config: Config, argv: list[str]) -> Config:
                 default=config,
                 prog="train.py",
                 description=USAGE,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed, tyro.conf.AvoidSubcommands),
                 use_underscores=True,
             )
     except SystemExit as stop:

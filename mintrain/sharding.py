@@ -11,7 +11,16 @@ from mintrain.config import Config, ConfigError
 from mintrain.config import Mesh as MeshConfig
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
-LAYOUT = {"embed": "fsdp", "ff": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+LAYOUT = {
+    "embed": "fsdp",
+    "q_latent": "fsdp",  # the rows of what expands a compressed query, or key and value
+    "kv_latent": "fsdp",
+    "vocab": "tensor",
+    "ff": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "experts": "expert",
+}
 DATA_AXES = ("replica", "fsdp", "expert")
 BATCH = P(None, DATA_AXES, "context")  # accumulate, batch, seq
 ALL_TOKENS = (*DATA_AXES, "context")  # the axes that different tokens are on

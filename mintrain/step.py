@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 
 from mintrain.arrays import check
 from mintrain.config import Config
-from mintrain.loss import Batch, local_logits, next_token_loss
+from mintrain.layers.router import balanced_bias
+from mintrain.loss import Batch, Counts, Report, local_logits, next_token_loss
 from mintrain.model import LM
 from mintrain.optim import optimizer, schedule
 from mintrain.sharding import BATCH, named, place, specs, state_specs
@@ -35,20 +36,28 @@ class State(eqx.Module):
 
 
 class Metrics(eqx.Module):
-    loss: Float32[Array, ""]  # nats per token, without the z-loss
+    loss: Float32[Array, ""]  # nats per token, of the next token alone
     grad_norm: Float32[Array, ""]  # before clipping
     lr: Float32[Array, ""]
     finite: Bool[Array, ""]
     skipped: Int32[Array, ""]
+    mtp_loss: Float32[Array, ""] | None  # nats per token, of the further tokens that are predicted
+    balance: Float32[Array, ""] | None  # the routers' balance loss: 1 where all experts are used alike
+    expert_load: Float32[Array, ""] | None  # the largest load of an expert relative to the mean of its layer
+    indexer_kl: Float32[Array, ""] | None  # nats per token and layer
 
 
 def init_state(cfg: Config) -> State:
     """The state of step 0. Call it under `jax.eval_shape` or `jax.jit` with `out_shardings`."""
     key, init = jax.random.split(jax.random.key(cfg.seed))
-    model = LM.init(cfg.model, cfg.compute_dtype, key=init)
-    opt = optimizer(cfg.optim, cfg.steps, model).init(model)
+    model = LM.init(cfg.model, cfg.compute_dtype, cfg.indexer == "warmup", key=init)
+    opt = make_optimizer(cfg, model).init(model)
     zero = jnp.zeros((), jnp.int32)
     return State(model, opt, zero, zero, jax.random.key_data(key))
+
+
+def make_optimizer(cfg: Config, model: LM) -> optax.GradientTransformation:
+    return optimizer(cfg.optim, cfg.steps, model, indexer_only=cfg.indexer == "warmup")
 
 
 def abstract_state(cfg: Config, mesh: AnyMesh) -> State:
@@ -71,10 +80,23 @@ def abstract_batch(cfg: Config, mesh: AnyMesh) -> Batch:
     return place(mesh, shapes, jax.tree.map(lambda _: BATCH, shapes))
 
 
-def sharded_loss(cfg: Config, mesh: AnyMesh, model: LM) -> Callable[[LM, Batch, Array], tuple[Array, Array]]:
+def sharded_loss(cfg: Config, mesh: AnyMesh, model: LM) -> Callable[[LM, Batch, Counts], tuple[Array, Report]]:
     """The loss of one microbatch as a function of whole arrays; `model` gives the layouts."""
-    loss = partial(next_token_loss, scan=cfg.scan_layers, remat=cfg.remat, z_loss=cfg.z_loss)
-    return jax.shard_map(loss, mesh=mesh, in_specs=(specs(model), P(*BATCH[1:]), P()), out_specs=(P(), P()))
+    loss = partial(
+        next_token_loss,
+        scan=cfg.scan_layers,
+        remat=cfg.remat,
+        z_loss=cfg.z_loss,
+        mtp_weight=cfg.mtp_weight,
+        indexer_only=cfg.indexer == "warmup",
+    )
+    return jax.shard_map(loss, mesh=mesh, in_specs=(specs(model), P(*BATCH[1:]), P()), out_specs=P())
+
+
+def count(batch: Batch) -> Counts:
+    """What the sums over a whole step are divided by."""
+    real = jnp.sum(batch.segments > 0, dtype=jnp.float32)
+    return Counts(jnp.maximum(jnp.sum(batch.weights), 1.0), jnp.maximum(real, 1.0))
 
 
 def add(
@@ -88,7 +110,7 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
     """The whole step as one jitted function that donates its state."""
     abstract = abstract_state(cfg, mesh)
     loss_and_grad = jax.value_and_grad(sharded_loss(cfg, mesh, abstract.model), has_aux=True)
-    transform, learning_rate = optimizer(cfg.optim, cfg.steps, abstract.model), schedule(cfg.optim, cfg.steps)
+    transform, learning_rate = make_optimizer(cfg, abstract.model), schedule(cfg.optim, cfg.steps)
     layouts = specs(abstract.model)
 
     def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState]:
@@ -98,21 +120,24 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         check(state.model)
-        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        counts = count(batch)
 
-        def microbatch(total: LM, micro: Batch) -> tuple[LM, Float32[Array, ""]]:
-            (_, nll), grads = loss_and_grad(state.model, micro, count)
-            return add(total, grads), nll
+        def microbatch(total: LM, micro: Batch) -> tuple[LM, tuple[Float32[Array, ""], Report]]:
+            (loss, report), grads = loss_and_grad(state.model, micro, counts)
+            return add(total, grads), (loss, report)
 
         zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
         zeros = jax.tree.map(zero, state.model, named(mesh, layouts))
-        grads, nll = jax.lax.scan(microbatch, zeros, batch)
-        loss, grad_norm = jnp.sum(nll) / count, optax.tree.norm(grads)
+        grads, parts = jax.lax.scan(microbatch, zeros, batch)
+        loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
         free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, state.model))))
         model, opt = free(grads, state.opt, state.model)
+        if cfg.indexer == "sparse":
+            model = balance_experts(model, report)
         keep = lambda new, old: jnp.where(finite, new, old)
         new = State(
             model=jax.tree.map(keep, model, state.model),
@@ -121,9 +146,45 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
             skipped=state.skipped + jnp.where(finite, 0, 1),
             key=state.key,
         )
-        return new, Metrics(loss, grad_norm, learning_rate(state.step - state.skipped), finite, new.skipped)
+        lr = learning_rate(state.step - state.skipped)
+        return new, metrics(report, counts, grad_norm, lr, finite, new.skipped)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def balance_experts(model: LM, report: Report) -> LM:
+    """Move every selection bias by its rate, against the load of this step."""
+    biased = [(b.moe.router, load) for b, load in zip(model.blocks, report.load, strict=True) if b.moe is not None]
+    biased = [(router, load) for router, load in biased if router.bias is not None]
+    if not biased:
+        return model
+    new = [balanced_bias(router.bias, load, router.cfg.bias_rate) for router, load in biased]
+    where = lambda m: [b.moe.router.bias for b in m.blocks if b.moe is not None and b.moe.router.bias is not None]
+    return eqx.tree_at(where, model, new)
+
+
+def metrics(
+    report: Report,
+    counts: Counts,
+    grad_norm: Float32[Array, ""],
+    lr: Float32[Array, ""],
+    finite: Bool[Array, ""],
+    skipped: Int32[Array, ""],
+) -> Metrics:
+    mean = lambda total, count: None if total is None else total / count
+    loads = [load for load in report.load if load is not None]
+    relative = [jnp.max(x / jnp.maximum(jnp.mean(x, axis=-1, keepdims=True), 1e-9)) for x in loads]
+    return Metrics(
+        loss=report.nll / counts.targets,
+        grad_norm=grad_norm,
+        lr=lr,
+        finite=finite,
+        skipped=skipped,
+        mtp_loss=mean(report.mtp_nll, counts.targets),
+        balance=mean(report.balance, counts.tokens),
+        expert_load=jnp.max(jnp.stack(relative)) if relative else None,
+        indexer_kl=mean(report.indexer_kl, counts.tokens),
+    )
 
 
 def make_eval_step(cfg: Config, mesh: AnyMesh) -> EvalStep:
@@ -131,7 +192,7 @@ def make_eval_step(cfg: Config, mesh: AnyMesh) -> EvalStep:
     loss = sharded_loss(cfg, mesh, abstract_state(cfg, mesh).model)
 
     def eval_step(model: LM, batch: Batch) -> Float32[Array, ""]:
-        _, nll = jax.lax.scan(lambda _, micro: (None, loss(model, micro, jnp.float32(1.0))[1]), None, batch)
+        _, nll = jax.lax.scan(lambda _, micro: (None, loss(model, micro, count(batch))[1].nll), None, batch)
         return jnp.sum(nll)
 
     return jax.jit(eval_step)
@@ -162,7 +223,7 @@ def _sharded_logits(mesh: Mesh, layouts: LM) -> Callable[..., Float32[Array, "ba
     tokens = P(*BATCH[1:])
 
     def forward(model: LM, *inputs: Int32[Array, "batch seq"]) -> Float32[Array, "batch seq vocab"]:
-        return local_logits(model, model(*inputs)).reshape(*inputs[0].shape, -1)
+        return local_logits(model, model(*inputs)[0]).reshape(*inputs[0].shape, -1)
 
     return jax.jit(
         jax.shard_map(forward, mesh=mesh, in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))

@@ -39,7 +39,6 @@ DECLARED = {  # function: (the checked parameters, what it returns)
     loss.log_sum_exp: (dict(logits=Float32), Float32),
     loss.token_loss: (dict(target_logit=Float32, log_z=Float32, weights=Float32), Float32),
     loss.target_statistics: (dict(table=Float32), Float32),
-    loss.next_token_loss: (dict(count=Float32), Float32),
     linear.normal: ({}, Float32),
     linear.gather: (dict(weight=Float32), None),
     step.add: (dict(total=Float32, part=Float32), Float32),

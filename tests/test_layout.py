@@ -13,7 +13,10 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
     {"collectives", "sharding"},
     {"layers/linear"},  # how every layer gathers a weight
     {"layers/norm", "layers/rope", "layers/mlp", "layers/embedding", "layers/attend"},
-    {"layers/attention"},
+    {"layers/attention", "layers/indexer", "layers/router", "layers/per_layer"},
+    {"layers/sparse", "layers/moe"},
+    {"layers/mla"},
+    {"block"},
     {"model"},
     {"loss"},
     {"optim"},
@@ -21,7 +24,7 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
 )
 # All other files stand beside the path from the command line to the mathematics. They import from the rows above, and
 # from one another only this:
-BESIDE = {"data": {"tokenizer"}, "metrics": {"options"}}
+BESIDE = {"data": {"tokenizer"}, "metrics": {"options"}, "hf": {"hf_config"}}
 
 
 def tree(name: str) -> ast.Module:

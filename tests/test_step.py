@@ -190,7 +190,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_float64(chunk, softcap,
     tokens = NamedSharding(mesh, P(*sharding.BATCH[1:]))
     ours = jax.jit(jax.value_and_grad(step.sharded_loss(cfg, mesh, parameters), has_aux=True))
     placed = jax.device_put(parameters, layouts), jax.device_put(batch, tokens)
-    (value, _), grads = ours(*placed, jnp.sum(batch.weights))
+    (value, _), grads = ours(*placed, step.count(batch))
 
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         double = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters)

@@ -1,7 +1,7 @@
 """Who sees whom, and attention itself. Logits and softmax are float32 by declaration, masks boolean.
 
 batch: sequences.  query, key: positions on either side.  kv_heads, group: the query heads that share a key head.
-head: width of a head.  Heads stand before positions, as the matrix products want them.
+head: width of a query and key.  value: of a value.  Heads stand before positions, as the matrix products want them.
 """
 
 import jax
@@ -51,10 +51,10 @@ def masked_softmax(
 def attend(
     q: Float[Array, "batch kv_heads group query head"],
     k: Float[Array, "batch kv_heads key head"],
-    v: Float[Array, "batch kv_heads key head"],
+    v: Float[Array, "batch kv_heads key value"],
     mask: Bool[Array, "batch query key"],
     scale: float,
     softcap: float | None,
-) -> Float[Array, "batch kv_heads group query head"]:
+) -> Float[Array, "batch kv_heads group query value"]:
     weights = masked_softmax(attention_logits(q, k, scale, softcap), mask)
-    return jnp.einsum("bngqk,bnkh->bngqh", weights.astype(v.dtype), v)
+    return jnp.einsum("bngqk,bnkv->bngqv", weights.astype(v.dtype), v)

@@ -17,10 +17,12 @@ from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm, rms_norm
 from mintrain.layers.rope import angles, rotate
 
+KV = tuple[Float[Array, "batch kv_heads seq head"], Float[Array, "batch kv_heads seq head"]]  # rotated keys, values
+
 
 class Attention(eqx.Module):
     q: Float32[Array, "embed kv_heads group head"]
-    k: Float32[Array, "embed kv_heads head"]
+    k: Float32[Array, "embed kv_heads head"] | None  # None: keys and values are those of an earlier layer
     v: Float32[Array, "embed kv_heads head"] | None  # None: the values are the raw keys
     o: Float32[Array, "kv_heads group head embed"]
     q_norm: RMSNorm | None
@@ -35,11 +37,11 @@ class Attention(eqx.Module):
         norm = lambda value: RMSNorm.init(h, model.norm_offset, model.norm_eps, value) if c.qk_norm else None
         return Attention(
             q=normal(keys[0], (d, n, g, h), fan_in=d),
-            k=normal(keys[1], (d, n, h), fan_in=d),
-            v=None if c.k_is_v else normal(keys[2], (d, n, h), fan_in=d),
+            k=None if c.shares_kv else normal(keys[1], (d, n, h), fan_in=d),
+            v=None if c.shares_kv or c.k_is_v else normal(keys[2], (d, n, h), fan_in=d),
             o=normal(keys[3], (n, g, h, d), fan_in=n * g * h),
             q_norm=norm(c.q_norm_init),
-            k_norm=norm(1.0),
+            k_norm=None if c.shares_kv else norm(1.0),
             cfg=c,
             eps=model.norm_eps,
         )
@@ -49,23 +51,15 @@ class Attention(eqx.Module):
         x: Float[Array, "token embed"],
         positions: Int32[Array, "batch seq"],
         segments: Int32[Array, "batch seq"],
-    ) -> Float[Array, "token embed"]:
+        shared: KV | None = None,
+    ) -> tuple[Float[Array, "token embed"], KV]:
+        """The output, and the keys and values it was made with: `shared`, or this layer's own."""
         c, batch = self.cfg, positions.shape[0]
-        kv_layout = "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head"
+        angle = angles(positions, c.rope, c.head_dim)
         w_q = gather("embed/fsdp kv_heads/tensor group head -> embed kv_heads/tensor group head", self.q, x.dtype)
         q = rearrange(jnp.einsum("td,dngh->tngh", x, w_q), "(b s) n g h -> b n g s h", b=batch)
-        k = rearrange(jnp.einsum("td,dnh->tnh", x, gather(kv_layout, self.k, x.dtype)), "(b s) n h -> b n s h", b=batch)
-        v = k
-        if self.v is not None:
-            w_v = gather(kv_layout, self.v, x.dtype)
-            v = rearrange(jnp.einsum("td,dnh->tnh", x, w_v), "(b s) n h -> b n s h", b=batch)
-
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if c.v_norm:
-            v = rms_norm(v, self.eps)
-        angle = angles(positions, c.rope, c.head_dim)
-        q, k = rotate(q, angle), rotate(k, angle)
+        q = rotate(q if self.q_norm is None else self.q_norm(q), angle)
+        k, v = self._kv(x, angle) if shared is None else shared
 
         whole = "batch kv_heads/tensor seq/context head -> batch kv_heads/tensor seq head"
         tokens = "batch seq/context -> batch seq"
@@ -74,4 +68,14 @@ class Attention(eqx.Module):
 
         out = rearrange(out, "b n g s h -> (b s) n g h")
         w_o = gather("kv_heads/tensor group head embed/fsdp -> kv_heads/tensor group head embed", self.o, x.dtype)
-        return psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor").astype(x.dtype)
+        out = psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
+        return out.astype(x.dtype), (k, v)
+
+    def _kv(self, x: Float[Array, "token embed"], angle: Float32[Array, "batch seq half"]) -> KV:
+        layout, form = "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head", "(b s) n h -> b n s h"
+        project = lambda w: jnp.einsum("td,dnh->tnh", x, gather(layout, w, x.dtype))
+        k = v = rearrange(project(self.k), form, b=angle.shape[0])
+        if self.v is not None:
+            v = rearrange(project(self.v), form, b=angle.shape[0])
+        k = rotate(k if self.k_norm is None else self.k_norm(k), angle)
+        return k, rms_norm(v, self.eps) if self.cfg.v_norm else v

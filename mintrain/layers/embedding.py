@@ -16,9 +16,9 @@ class Embedding(eqx.Module):
     table: Float32[Array, "vocab embed"]
 
     @staticmethod
-    def init(vocab: int, embed: int, *, key: PRNGKeyArray) -> "Embedding":
-        """Rows of norm 1, so that a tied head starts with logits of about unit size."""
-        return Embedding(normal(key, (vocab, embed), fan_in=embed))
+    def init(vocab: int, embed: int, std: float, *, key: PRNGKeyArray) -> "Embedding":
+        """At `std = embed ** -0.5` rows have norm 1, and a head starts with logits of about unit size."""
+        return Embedding(std * normal(key, (vocab, embed), fan_in=1))
 
     def __call__(self, tokens: Int32[Array, "token"], dtype: jnp.dtype) -> Float[Array, "token embed"]:
         """Each device looks up the tokens of its whole fsdp group in its columns, then trades them for its rows.

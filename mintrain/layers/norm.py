@@ -35,3 +35,21 @@ class RMSNorm(eqx.Module):
         x32 = x.astype(jnp.float32)
         scale = jnp.broadcast_to(self.offset + self.scale, x.shape)
         return (x32 * inverse_rms(x32, self.eps) * scale).astype(x.dtype)
+
+
+class LayerNorm(eqx.Module):
+    """`(x - mean) / std * scale + bias` (Ba et al. 2016, arXiv 1607.06450), in float32: the indexer's keys."""
+
+    scale: Float32[Array, "dim"]
+    bias: Float32[Array, "dim"]
+    eps: float = eqx.field(static=True)
+
+    @staticmethod
+    def init(dim: int, eps: float) -> "LayerNorm":
+        return LayerNorm(jnp.ones(dim, jnp.float32), jnp.zeros(dim, jnp.float32), eps)
+
+    def __call__(self, x: Float[Array, "*rest dim"]) -> Float[Array, "*rest dim"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale, bias = (jnp.broadcast_to(w, x.shape) for w in (self.scale, self.bias))
+        return (x32 * inverse_rms(x32, self.eps) * scale + bias).astype(x.dtype)

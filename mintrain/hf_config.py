@@ -1,0 +1,233 @@
+"""`config.json` of a Hugging Face folder to a `config.Model`, in both spellings: the hub's and transformers 5's."""
+
+from typing import Any
+
+from mintrain import config
+from mintrain.config import ConfigError
+
+# What a hub config leaves out: the defaults of the config classes of transformers 5.23.
+HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, rms_norm_eps=1e-6)
+GEMMA = dict(HEADS, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
+DEEPSEEK = dict(
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    hidden_act="silu",
+    rope_theta=1e4,
+    n_shared_experts=1,
+    n_group=8,
+    topk_group=4,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=3,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    kv_lora_rank=512,
+    q_lora_rank=1536,
+)
+DEFAULTS = {
+    "gemma2": dict(
+        GEMMA,
+        vocab_size=256_000,
+        sliding_window=4096,
+        rope_theta=1e4,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma3": dict(GEMMA, vocab_size=262_208, sliding_window=4096, rope_theta=1e6),
+    "gemma4": dict(GEMMA, vocab_size=262_144, sliding_window=512, global_head_dim=512, hidden_size_per_layer_input=256),
+    "deepseek_v2": dict(
+        DEEPSEEK,
+        n_shared_experts=2,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+        first_k_dense_replace=0,
+    ),
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v32": dict(DEEPSEEK, index_topk=2048, index_n_heads=64, index_head_dim=128),
+}
+READ = {  # the values of switches that this decoder computes; others would load and give other numbers
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bidirectional_attention": (None, False, "vision"),
+    "rope_interleave": (True,),
+    "moe_layer_freq": (1,),
+    "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
+    "scoring_func": ("softmax", "sigmoid"),
+}
+
+
+def model_config(hf: dict[str, Any]) -> config.Model:
+    """The architecture that a `config.json` describes. Raises ConfigError for one that mintrain does not compute."""
+    hf = hf.get("text_config") or hf
+    family = str(hf.get("model_type")).removesuffix("_text")
+    if family not in DEFAULTS:
+        raise ConfigError(f"model_type={hf.get('model_type')!r} is not read; use {', '.join(DEFAULTS)}")
+    hf = {**DEFAULTS[family], **hf}
+    for name, allowed in {**READ, "tie_word_embeddings": (family.startswith("gemma"),)}.items():
+        if name in hf and hf[name] not in allowed:
+            raise ConfigError(
+                f"{name}={hf[name]!r} in config.json is not read; only {' or '.join(map(repr, allowed))} is"
+            )
+    try:
+        return _deepseek(hf, family) if family.startswith("deepseek") else _gemma(hf, family)
+    except KeyError as error:
+        raise ConfigError(f"config.json has no {error.args[0]}; add it") from error
+
+
+def _gemma(hf: dict[str, Any], family: str) -> config.Model:
+    return config.Model(
+        vocab=hf["vocab_size"],
+        embed=hf["hidden_size"],
+        stages=config.stages(tuple(_gemma_layer(hf, family, i, kind) for i, kind in enumerate(_kinds(hf, family)))),
+        norm_offset=0.0 if family == "gemma4" else 1.0,
+        norm_eps=hf["rms_norm_eps"],
+        final_softcap=hf.get("final_logit_softcapping"),
+        per_layer_input=hf.get("hidden_size_per_layer_input") or 0,
+    )
+
+
+def _kinds(hf: dict[str, Any], family: str) -> list[str]:
+    """Each layer's type of attention."""
+    count = hf["num_hidden_layers"]
+    if kinds := hf.get("layer_types"):
+        if len(kinds) != count:
+            raise ConfigError(
+                f"layer_types in config.json names {len(kinds)} layers, num_hidden_layers={count}; mend one"
+            )
+        return kinds
+    period = 2 if family == "gemma2" else hf.get("sliding_window_pattern") or 6
+    kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
+    return [*kinds[:-1], "full_attention"] if family == "gemma4" else kinds
+
+
+def _gemma_layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.Layer:
+    full = kind == "full_attention"
+    head, kv_heads = hf["head_dim"], hf["num_key_value_heads"]
+    k_is_v = full and bool(hf.get("attention_k_eq_v"))
+    if family == "gemma4" and full:
+        per_layer = {int(k): v for k, v in (hf.get("per_layer_config") or {}).items()}  # keys such as "05"
+        own = per_layer.get(i, {})  # transformers 5 writes this, the hub the fields below
+        head = own.get("head_dim", hf.get("global_head_dim") or head)
+        fewer = hf.get("num_global_key_value_heads") if k_is_v else None
+        kv_heads = own.get("num_key_value_heads", fewer or kv_heads)
+    shares = i >= hf["num_hidden_layers"] - (hf.get("num_kv_shared_layers") or 0)
+    moe = None
+    if hf.get("enable_moe_block"):
+        for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            if hf.get(name) is None:
+                raise ConfigError(f"enable_moe_block=true in config.json, but {name} is missing; add it")
+        moe = config.MoE(
+            experts=hf["num_experts"],
+            topk=hf["top_k_experts"],
+            width=hf["moe_intermediate_size"],
+            activation="gelu",
+            normalise=True,
+            learned_scales=True,
+        )
+    return config.Layer(
+        attention=config.Attention(
+            heads=hf["num_attention_heads"],
+            kv_heads=kv_heads,
+            head_dim=head,
+            scale=1.0 if family == "gemma4" else hf["query_pre_attn_scalar"] ** -0.5,
+            rope=_gemma_rope(hf, family, kind),
+            window=None if full else hf["sliding_window"],
+            softcap=hf.get("attn_logit_softcapping") if family == "gemma2" else None,
+            qk_norm=family != "gemma2",
+            v_norm=family == "gemma4",
+            k_is_v=k_is_v,
+            shares_kv=shares,
+        ),
+        mlp=config.MLP(hf["intermediate_size"] * (2 if shares and hf.get("use_double_wide_mlp") else 1)),
+        moe=moe,
+        scalar=family == "gemma4",
+    )
+
+
+def _gemma_rope(hf: dict[str, Any], family: str, kind: str) -> config.Rope:
+    parameters = hf.get("rope_parameters") or {}
+    rope = parameters.get(kind, parameters)
+    if not rope and family == "gemma3" and kind == "sliding_attention":
+        rope = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}
+    elif not rope:
+        rope = {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {})}
+    kind = _rope_type(rope, "default", "linear", "proportional")
+    return config.Rope(
+        theta=rope["rope_theta"],
+        factor=rope.get("factor", 1.0),
+        fraction=rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0,
+    )
+
+
+def _rope_type(rope: dict[str, Any], *read: str) -> str:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in read:
+        raise ConfigError(f"rope_type={kind!r} is not read; use {' or '.join(read)}")
+    return kind
+
+
+def _deepseek(hf: dict[str, Any], family: str) -> config.Model:
+    indexer = None
+    if family == "deepseek_v32":
+        indexer = config.Indexer(hf["index_n_heads"], hf["index_head_dim"], hf["index_topk"])
+    mla = config.MLA(
+        heads=hf["num_attention_heads"],
+        q_lora=hf["q_lora_rank"],
+        kv_lora=hf["kv_lora_rank"],
+        nope=hf["qk_nope_head_dim"],
+        rope_dim=hf["qk_rope_head_dim"],
+        v=hf["v_head_dim"],
+        rope=_deepseek_rope(hf),
+        indexer=indexer,
+    )
+    v2 = family == "deepseek_v2"
+    grouped = not v2 or hf["topk_method"] == "group_limited_greedy"
+    moe = config.MoE(
+        experts=hf["n_routed_experts"],
+        topk=hf["num_experts_per_tok"],
+        width=hf["moe_intermediate_size"],
+        score="softmax" if v2 else "sigmoid",
+        groups=hf["n_group"] if grouped else 1,
+        kept_groups=hf["topk_group"] if grouped else 1,
+        normalise=not v2 and hf["norm_topk_prob"],  # transformers ignores it in V2, and no released V2 sets it
+        scaling=hf["routed_scaling_factor"],
+        bias_rate=None if v2 else 0.001,
+        balance=hf.get("aux_loss_alpha", 0.0),
+    )
+    shared = (
+        config.MLP(hf["n_shared_experts"] * hf["moe_intermediate_size"], "silu") if hf["n_shared_experts"] else None
+    )
+    dense = config.Layer(mla, config.MLP(hf["intermediate_size"], "silu"), post_norms=False)
+    sparse = config.Layer(mla, shared, moe, post_norms=False)
+    first = hf["first_k_dense_replace"]
+    return config.Model(
+        vocab=hf["vocab_size"],
+        embed=hf["hidden_size"],
+        stages=config.stages((dense,) * first + (sparse,) * (hf["num_hidden_layers"] - first)),
+        norm_eps=hf["rms_norm_eps"],
+        embed_scale=False,
+        tied=False,
+    )
+
+
+def _deepseek_rope(hf: dict[str, Any]) -> config.Rope:
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf["rope_theta"]}
+    if _rope_type(rope, "default", "yarn") == "default":
+        return config.Rope(theta=rope["rope_theta"])
+    return config.Rope(
+        theta=rope["rope_theta"],
+        yarn=config.Yarn(
+            factor=rope["factor"],
+            original=rope["original_max_position_embeddings"],
+            beta_fast=rope.get("beta_fast") or 32.0,
+            beta_slow=rope.get("beta_slow") or 1.0,
+            mscale=rope.get("mscale") or 0.0,
+            mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
+        ),
+    )

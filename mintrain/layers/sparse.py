@@ -1,0 +1,146 @@
+"""Attention over the keys that an indexer chooses, and the indexer's loss, a block of queries at a time.
+
+batch: sequences.  seq, query, key: positions.  heads: of the attention.  head: nope + rope, what q·k sums over.
+compressed: kv_lora + rope, what is kept of a key.  index_heads, index_dim: the indexer's.  chosen: at most topk keys.
+No array has queries, keys *and* heads of the whole sequence: a block's are made, used, and made again in the
+backward pass. The two forms give the same numbers. `masked` expands every key and masks those not chosen: its cost
+grows with seq x seq. `gathered` fetches the chosen keys as they are compressed and absorbs the expansion into the
+queries (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): seq x topk. The scores of the indexer need seq x seq in both.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
+
+from mintrain.collectives import psum
+from mintrain.layers.attend import attention_logits, masked_softmax, visible
+from mintrain.layers.indexer import indexer_kl, indexer_logits, indexer_scores, top_keys, top_mask
+
+BLOCK = 1 << 26  # float32 logits of one block of queries on one device: 256 MiB
+GATHER_FROM = 4  # keys for each chosen one from which the gathered form is used; docs/sparse.md has the measurement
+
+
+class Queries(eqx.Module):
+    q: Float[Array, "batch seq heads head"]
+    index_q: Float[Array, "batch seq index_heads index_dim"]
+    index_weights: Float32[Array, "batch seq index_heads"]
+    positions: Int32[Array, "batch seq"]
+    segments: Int32[Array, "batch seq"]
+
+
+class Keys(eqx.Module):
+    compressed: Float[Array, "batch key compressed"]
+    index_k: Float[Array, "batch key index_dim"]
+    positions: Int32[Array, "batch key"]
+    segments: Int32[Array, "batch key"]
+
+
+def expand(
+    compressed: Float[Array, "batch key compressed"], up: Float[Array, "kv_lora heads nope_v"], nope: int
+) -> tuple[Float[Array, "batch heads key head"], Float[Array, "batch heads key v"]]:
+    """Every head's keys, the shared rotary part at their end, and values."""
+    rank = up.shape[0]
+    both = jnp.einsum("bkc,cnh->bnkh", compressed[..., :rank], up)
+    shape = (*both.shape[:-1], compressed.shape[-1] - rank)
+    rotary = jnp.broadcast_to(compressed[:, None, :, rank:], shape)
+    return jnp.concatenate([both[..., :nope], rotary], axis=-1), both[..., nope:]
+
+
+def gathered_logits(
+    q: Float[Array, "batch query heads compressed"], k: Float[Array, "batch query chosen compressed"], scale: float
+) -> Float32[Array, "batch 1 heads query chosen"]:
+    """`scale * q·k` of each query with its own keys, which all heads share."""
+    return scale * jnp.einsum("bqnc,bqkc->bnqk", q, k, preferred_element_type=jnp.float32)[:, None]
+
+
+def target(weights: Float32[Array, "batch kv_heads group query key"]) -> Float32[Array, "batch query key"]:
+    """What the indexer learns: the attention of all heads, of all devices, summed and normalised."""
+    total = psum(jnp.sum(jax.lax.stop_gradient(weights), axis=(1, 2)), "tensor")
+    mass = jnp.sum(total, axis=-1, keepdims=True)
+    return total / jnp.where(mass > 0, mass, 1.0)
+
+
+def masked(
+    queries: Queries,
+    expanded: tuple[Float[Array, "batch heads key head"], Float[Array, "batch heads key v"]],
+    scores: Float32[Array, "batch query key"],
+    mask: Bool[Array, "batch query key"],
+    scale: float,
+) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
+    """Attention over all keys, and the KL, both within `mask`."""
+    k, v = expanded
+    q = rearrange(queries.q, "b q n h -> b n 1 q h")
+    weights = masked_softmax(attention_logits(q, k, scale, None), mask)
+    out = jnp.einsum("bngqk,bnkv->bqnv", weights.astype(v.dtype), v)
+    return out, indexer_kl(scores, target(weights), mask)
+
+
+def gathered(
+    queries: Queries,
+    compressed: Float32[Array, "batch key compressed"],
+    up: Float[Array, "kv_lora heads nope_v"],
+    scores: Float32[Array, "batch query key"],
+    chosen: tuple[Int32[Array, "batch query chosen"], Bool[Array, "batch query chosen"]],
+    nope: int,
+    scale: float,
+) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
+    """Attention over the chosen keys alone, and the KL. The keys come in float32, so that their gradients sum in it."""
+    index, real = chosen
+    rank, dtype = up.shape[0], queries.q.dtype
+    k = jax.vmap(lambda rows, at: rows[at])(compressed, index).astype(dtype)
+    absorbed = jnp.einsum("bqnh,cnh->bqnc", queries.q[..., :nope], up[..., :nope])
+    q = jnp.concatenate([absorbed, queries.q[..., nope:]], axis=-1)
+    weights = masked_softmax(gathered_logits(q, k, scale), real)
+    mixed = jnp.einsum("bgnqk,bqkc->bqnc", weights.astype(dtype), k[..., :rank])
+    out = jnp.einsum("bqnc,cnv->bqnv", mixed, up[..., nope:])
+    return out, indexer_kl(jnp.take_along_axis(scores, index, axis=-1), target(weights), real)
+
+
+def over_blocks(function: Callable, queries: PyTree[Array], rows: int) -> PyTree[Array]:
+    """`function` of `rows` queries at a time: arrays go in and come out as "batch seq ..."."""
+    seq = jax.tree.leaves(queries)[0].shape[1]
+    blocks = -(-seq // rows)
+    if blocks == 1:
+        return function(queries)
+    size = -(-seq // blocks)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - seq)) + ((0, 0),) * (x.ndim - 2))  # segment 0: sees nothing
+    split = lambda x: rearrange(pad(x), "b (n s) ... -> n b s ...", n=blocks)
+    join = lambda x: rearrange(x, "n b s ... -> b (n s) ...")[:, :seq]
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(function), jax.tree.map(split, queries)))
+
+
+def sparse_attention(
+    queries: Queries,
+    keys: Keys,
+    up: Float[Array, "kv_lora heads nope_v"],
+    nope: int,
+    scale: float,
+    topk: int | None,
+) -> tuple[Float[Array, "batch seq heads v"], Float32[Array, "batch seq"]]:
+    """The attention of each query over its `topk` keys, and KL(attention || indexer) over the same keys.
+
+    topk: None attends to every visible key: the dense warm-up of the indexer.
+    """
+    dtype, length = queries.q.dtype, keys.positions.shape[1]
+    gathers = topk is not None and length >= GATHER_FROM * topk
+    # Gradients of what all blocks use are sums over blocks: in float32, also where the values are bfloat16.
+    wide = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+    narrow = partial(jax.tree.map, lambda x: x.astype(dtype))
+    shared = wide(keys.compressed if gathers else expand(keys.compressed, up, nope))
+    index_k, up = wide(keys.index_k), wide(up)
+
+    def block(part: Queries) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
+        mask = visible(part.positions, keys.positions, part.segments, keys.segments, None)
+        scores = indexer_scores(indexer_logits(part.index_q, narrow(index_k)), part.index_weights)
+        if gathers:
+            return gathered(part, shared, narrow(up), scores, top_keys(scores, mask, topk), nope, scale)
+        return masked(part, narrow(shared), scores, mask if topk is None else top_mask(scores, mask, topk), scale)
+
+    batch, _, heads, _ = queries.q.shape
+    width = length * queries.index_q.shape[2] + heads * (topk if gathers else length)
+    return over_blocks(block, queries, max(BLOCK // (batch * width), 1))
