@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 
-from mintrain.arrays import check
+from mintrain.arrays import check, weights
 from mintrain.config import Config
 from mintrain.layers.router import balanced_bias
 from mintrain.loss import Batch, Counts, Report, local_logits, next_token_loss
@@ -154,13 +154,10 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
 
 def balance_experts(model: LM, report: Report) -> LM:
     """Move every selection bias by its rate, against the load of this step."""
-    biased = [(b.moe.router, load) for b, load in zip(model.blocks, report.load, strict=True) if b.moe is not None]
-    biased = [(router, load) for router, load in biased if router.bias is not None]
-    if not biased:
-        return model
-    new = [balanced_bias(router.bias, load, router.cfg.bias_rate) for router, load in biased]
-    where = lambda m: [b.moe.router.bias for b in m.blocks if b.moe is not None and b.moe.router.bias is not None]
-    return eqx.tree_at(where, model, new)
+    routers = [(block.moe.router, load) for block, load in zip(model.blocks, report.load, strict=True) if block.moe]
+    moved = iter([balanced_bias(r.bias, load, r.cfg.bias_rate) for r, load in routers if r.bias is not None])
+    leaves = [next(moved) if weight.path.endswith("router.bias") else weight.value for weight in weights(model)]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def metrics(

@@ -19,13 +19,14 @@ from mintrain.loss import Batch
 from mintrain.model import LM
 from mintrain.optim import schedule
 
+FLAGS = ("finite", "skipped", "lr")
 MUON = dataclasses.replace(tiny.CONFIG.optim, name="muon")
 
 
 @cache
-def first_state(optim: Optim) -> step.State:
+def first_state(model: Model, optim: Optim = tiny.CONFIG.optim, indexer: str = "sparse") -> step.State:
     """The state of step 0, as numpy arrays."""
-    cfg = dataclasses.replace(tiny.CONFIG, optim=optim)
+    cfg = dataclasses.replace(tiny.CONFIG, model=model, optim=optim, indexer=indexer)
     return jax.tree.map(np.asarray, step.new_state(cfg, sharding.make_mesh(cfg.mesh)))
 
 
@@ -38,38 +39,40 @@ def compiled(cfg: Config):
 
 def start(cfg: Config) -> step.State:
     """The same state on every mesh, in arrays that a step may take over."""
-    return jax.device_put(jax.tree.map(np.array, first_state(cfg.optim)), compiled(cfg)[2])
+    return jax.device_put(jax.tree.map(np.array, first_state(cfg.model, cfg.optim, cfg.indexer)), compiled(cfg)[2])
 
 
 def train(cfg: Config, batches: list[Batch]) -> tuple[np.ndarray, step.State]:
-    """The loss and the gradient norm of each step, and the last state."""
+    """The numbers of each step (loss, gradient norm, and what else the model reports), and the last state."""
     train_step, place, _ = compiled(cfg)
     state, numbers = start(cfg), []
     for batch in batches:
         state, metrics = train_step(state, place(batch))
-        numbers.append((float(metrics.loss), float(metrics.grad_norm)))
+        numbers.append([float(x) for name, x in vars(metrics).items() if name not in FLAGS and x is not None])
     return np.array(numbers), state
 
 
 def only(rows: int, batch: Batch) -> Batch:
-    """The same shape, but only the first `rows` sequences count."""
-    counts = (np.arange(8) < rows).astype(np.float32)[:, None]
-    return dataclasses.replace(batch, weights=batch.weights * np.broadcast_to(counts, batch.weights.shape))
+    """The same shape, but only the first `rows` sequences count: the others are padding."""
+    counts = np.broadcast_to((np.arange(8) < rows)[:, None], batch.weights.shape)
+    return dataclasses.replace(batch, weights=batch.weights * counts, segments=batch.segments * counts)
 
 
 BATCHES = [tiny.batch(seed) for seed in range(5)]
 
 
 @cache
-def on_one_device(optim: Optim, rows: int) -> tuple[np.ndarray, step.State]:
-    return train(dataclasses.replace(tiny.CONFIG, optim=optim), [only(rows, batch) for batch in BATCHES])
+def on_one_device(model: Model, optim: Optim, rows: int) -> tuple[np.ndarray, step.State]:
+    cfg = dataclasses.replace(tiny.CONFIG, model=model, optim=optim)
+    return train(cfg, [only(rows, batch) for batch in BATCHES])
 
 
 # ------------------------------------------------------------------- what must not change the numbers
 
 
 def describe(change: dict) -> str:
-    short = {"mesh": sharding.describe, "optim": lambda optim: optim.name}
+    names = {tiny.DEEPSEEK: "DeepSeek", tiny.GEMMA4: "Gemma 4"}
+    short = {"mesh": sharding.describe, "optim": lambda optim: optim.name, "model": names.get}
     return ", ".join(f"{name}={short.get(name, str)(value)}" for name, value in change.items())
 
 
@@ -84,29 +87,40 @@ def describe(change: dict) -> str:
         pytest.param(dict(mesh=Mesh(fsdp=4, tensor=2), per_device_batch_size=1, optim=MUON), marks=pytest.mark.slow),
         dict(scan_layers=False),
         dict(accumulate=4),
+        dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=8), per_device_batch_size=1),
+        dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=4, fsdp=2), per_device_batch_size=1),
+        dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, tensor=2, fsdp=2), per_device_batch_size=1),
+        dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, context=2, tensor=2), per_device_batch_size=0.5),
+        dict(model=tiny.DEEPSEEK, scan_layers=False, accumulate=2),
+        dict(model=tiny.GEMMA4, mesh=Mesh(expert=2, fsdp=4), per_device_batch_size=1),
+        dict(model=tiny.GEMMA4, mesh=Mesh(context=2, tensor=2, fsdp=2), per_device_batch_size=0.5),
+        dict(model=tiny.GEMMA4, scan_layers=False, accumulate=2),
     ],
     ids=describe,
 )
 def test_the_numbers_are_those_of_one_device_scanned_in_one_batch(change):
     cfg = dataclasses.replace(tiny.CONFIG, **change)
     rows = cfg.batch_size
-    expected, _ = on_one_device(cfg.optim, rows)
+    expected, _ = on_one_device(cfg.model, cfg.optim, rows)
     ours, _ = train(cfg, [jax.tree.map(lambda x: x[:rows], batch) for batch in BATCHES])
     assert np.all(np.diff(expected[:, 0])), "the steps differ, so that a step that did nothing would show"
-    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)  # the largest expert load among them: the same routing
 
 
 def test_a_run_starts_from_the_same_bits_on_every_mesh():
     cfg = dataclasses.replace(tiny.CONFIG, mesh=Mesh(fsdp=4, tensor=2), per_device_batch_size=1)
     state = step.new_state(cfg, sharding.make_mesh(cfg.mesh))
-    jax.tree.map(np.testing.assert_array_equal, state, first_state(cfg.optim))
+    jax.tree.map(np.testing.assert_array_equal, state, first_state(cfg.model))
 
 
+@pytest.mark.parametrize("model", [tiny.MODEL, tiny.GEMMA4, tiny.DEEPSEEK], ids=["Gemma", "Gemma 4", "DeepSeek"])
 @pytest.mark.parametrize("optim", [tiny.CONFIG.optim, MUON], ids=lambda o: o.name)
-def test_training_changes_every_parameter_and_no_buffer(optim):
-    _, state = on_one_device(optim, 8)
-    for before, after in zip(arrays.weights(first_state(optim).model), arrays.weights(state.model), strict=True):
-        assert np.array_equal(before.value, after.value) == before.buffer, before.path
+def test_training_changes_every_parameter_and_of_buffers_only_the_bias_of_routers(model, optim):
+    _, state = on_one_device(model, optim, 8)
+    before, after = (arrays.weights(m) for m in (first_state(model, optim).model, state.model))
+    for old, new in zip(before, after, strict=True):
+        stays = old.buffer and not old.path.endswith("router.bias")
+        assert np.array_equal(old.value, new.value) == stays, old.path
     arrays.check(state.model)
 
 
@@ -147,14 +161,14 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_changes_nothing
 
 
 def test_an_untrained_model_knows_nothing():
-    numbers, _ = on_one_device(tiny.CONFIG.optim, 8)
+    numbers, _ = on_one_device(tiny.MODEL, tiny.CONFIG.optim, 8)
     assert abs(numbers[0, 0] - math.log(tiny.MODEL.vocab)) < 0.7
 
 
 def test_evaluation_gives_the_loss_of_training():
     mesh = sharding.make_mesh(tiny.CONFIG.mesh)
     nll = step.make_eval_step(tiny.CONFIG, mesh)(start(tiny.CONFIG).model, tiny.on_mesh(tiny.CONFIG, mesh, BATCHES[0]))
-    numbers, _ = on_one_device(tiny.CONFIG.optim, 8)
+    numbers, _ = on_one_device(tiny.MODEL, tiny.CONFIG.optim, 8)
     np.testing.assert_allclose(nll / BATCHES[0].weights.sum(), numbers[0, 0], rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""A Gemma-like model that trains in milliseconds. All its dims differ, so that a swapped axis is an error."""
+"""Models of each family that train in milliseconds. All their dims differ, so that a swapped axis is an error."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mintrain import sharding, step
-from mintrain.config import MLP, Attention, Config, Data, Layer, Model, Optim, stages
+from mintrain.config import (
+    MLA,
+    MLP,
+    Attention,
+    Config,
+    Data,
+    Indexer,
+    Layer,
+    Model,
+    MoE,
+    Optim,
+    Rope,
+    Yarn,
+    stages,
+)
 from mintrain.loss import Batch
 from mintrain.model import LM
 
@@ -17,6 +31,32 @@ LOCAL = Attention(heads=12, kv_heads=4, head_dim=10, scale=10**-0.5, qk_norm=Tru
 GLOBAL = dataclasses.replace(LOCAL, kv_heads=2, head_dim=14, window=None, softcap=20.0, k_is_v=True, v_norm=True)
 PATTERN = (Layer(LOCAL, MLP(28)), Layer(GLOBAL, MLP(28), scalar=True))
 MODEL = Model(vocab=74, embed=40, stages=stages(PATTERN * 2), norm_offset=1.0, final_softcap=30.0)
+
+# Later layers share keys and values, have wider MLPs and experts beside them; every layer has an input of its own.
+MOE = MoE(experts=8, topk=2, width=12, activation="gelu", normalise=True, learned_scales=True, balance=0.1)
+LATER = tuple(
+    dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, shares_kv=True), mlp=MLP(36), moe=MOE)
+    for layer in PATTERN
+)
+GEMMA4 = Model(vocab=74, embed=40, stages=stages(PATTERN * 2 + LATER * 2), per_layer_input=6)
+
+
+def latent(topk: int) -> MLA:
+    rope, indexer = Rope(yarn=Yarn(factor=4.0, original=8)), Indexer(heads=3, head_dim=12, topk=topk)
+    return MLA(heads=4, q_lora=24, kv_lora=16, nope=6, rope_dim=8, v=10, rope=rope, indexer=indexer)
+
+
+ROUTED = MoE(
+    **dict(experts=8, topk=3, width=20, score="sigmoid", groups=4, kept_groups=2, normalise=True, scaling=2.5),
+    **dict(bias_rate=0.01, balance=0.1),
+)
+# 16 keys of which 3 are chosen are gathered, and of which 5 are chosen masked: sparse.GATHER_FROM.
+DENSE = Layer(latent(3), MLP(28, "silu"), post_norms=False)
+SPARSE = Layer(latent(5), MLP(20, "silu"), ROUTED, post_norms=False)
+DEEPSEEK = Model(
+    vocab=74, embed=40, stages=stages((DENSE, SPARSE, SPARSE)), embed_scale=False, tied=False, mtp=(SPARSE,)
+)
+
 CONFIG = Config(
     model=MODEL,
     data=Data(seq_len=16),

@@ -52,10 +52,9 @@ def top_mask(
     if topk >= scores.shape[-1]:
         return visible
     scores = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
-    least = jax.lax.top_k(scores, topk)[0][..., -1:]
-    above, tied = scores > least, (scores == least) & visible
-    room = topk - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    return visible & (above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= room)))
+    least, last = (x[..., -1:] for x in jax.lax.top_k(scores, topk))  # among ties top_k goes from low to high indices
+    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
+    return visible & ((scores > least) | ((scores == least) & (place <= last)))
 
 
 def indexer_kl(
