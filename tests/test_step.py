@@ -20,6 +20,7 @@ from mintrain.model import LM
 from mintrain.optim import schedule
 
 FLAGS = ("finite", "skipped", "lr")
+GENTLE = dataclasses.replace(tiny.CONFIG.optim, lr=1e-3)  # this model amplifies rounding: its norms divide small outputs
 MUON = dataclasses.replace(tiny.CONFIG.optim, name="muon")
 
 
@@ -54,8 +55,8 @@ def train(cfg: Config, batches: list[Batch]) -> tuple[np.ndarray, step.State]:
 
 def only(rows: int, batch: Batch) -> Batch:
     """The same shape, but only the first `rows` sequences count: the others are padding."""
-    counts = np.broadcast_to((np.arange(8) < rows)[:, None], batch.weights.shape)
-    return dataclasses.replace(batch, weights=batch.weights * counts, segments=batch.segments * counts)
+    keep = lambda x: jnp.where(np.broadcast_to((np.arange(8) < rows)[:, None], x.shape), x, jnp.zeros_like(x))
+    return dataclasses.replace(batch, weights=keep(batch.weights), segments=keep(batch.segments))
 
 
 BATCHES = [tiny.batch(seed) for seed in range(5)]
@@ -72,7 +73,7 @@ def on_one_device(model: Model, optim: Optim, rows: int) -> tuple[np.ndarray, st
 
 def describe(change: dict) -> str:
     names = {tiny.DEEPSEEK: "DeepSeek", tiny.GEMMA4: "Gemma 4"}
-    short = {"mesh": sharding.describe, "optim": lambda optim: optim.name, "model": names.get}
+    short = {"mesh": sharding.describe, "optim": lambda optim: f"{optim.name} {optim.lr}", "model": names.get}
     return ", ".join(f"{name}={short.get(name, str)(value)}" for name, value in change.items())
 
 
@@ -92,9 +93,9 @@ def describe(change: dict) -> str:
         dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, tensor=2, fsdp=2), per_device_batch_size=1),
         dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, context=2, tensor=2), per_device_batch_size=0.5),
         dict(model=tiny.DEEPSEEK, scan_layers=False, accumulate=2),
-        dict(model=tiny.GEMMA4, mesh=Mesh(expert=2, fsdp=4), per_device_batch_size=1),
-        dict(model=tiny.GEMMA4, mesh=Mesh(context=2, tensor=2, fsdp=2), per_device_batch_size=0.5),
-        dict(model=tiny.GEMMA4, scan_layers=False, accumulate=2),
+        dict(model=tiny.GEMMA4, optim=GENTLE, mesh=Mesh(expert=2, fsdp=4), per_device_batch_size=1),
+        dict(model=tiny.GEMMA4, optim=GENTLE, mesh=Mesh(context=2, tensor=2, fsdp=2), per_device_batch_size=0.5),
+        dict(model=tiny.GEMMA4, optim=GENTLE, scan_layers=False, accumulate=2),
     ],
     ids=describe,
 )

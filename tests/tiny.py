@@ -38,7 +38,7 @@ LATER = tuple(
     dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, shares_kv=True), mlp=MLP(36), moe=MOE)
     for layer in PATTERN
 )
-GEMMA4 = Model(vocab=74, embed=40, stages=stages(PATTERN * 2 + LATER * 2), per_layer_input=6)
+GEMMA4 = Model(vocab=74, embed=40, stages=stages(PATTERN + LATER), per_layer_input=22)
 
 
 def latent(topk: int) -> MLA:
