@@ -21,7 +21,23 @@ from hypothesis import strategies as st
 from jaxtyping import Bool, Float32, Int32, TypeCheckError, UInt32
 
 from mintrain import arrays, logits, loss, sharding, step
-from mintrain.layers import attend, attention, embedding, linear, mlp, norm, rope
+from mintrain.block import Aux
+from mintrain.config import Config
+from mintrain.layers import (
+    attend,
+    attention,
+    embedding,
+    indexer,
+    linear,
+    mla,
+    mlp,
+    moe,
+    norm,
+    per_layer,
+    rope,
+    router,
+    sparse,
+)
 from mintrain.loss import Batch
 from mintrain.model import LM
 
@@ -41,11 +57,26 @@ DECLARED = {  # function: (the checked parameters, what it returns)
     loss.target_statistics: (dict(table=Float32), Float32),
     linear.normal: ({}, Float32),
     linear.gather: (dict(weight=Float32), None),
+    indexer.indexer_logits: ({}, Float32),
+    indexer.indexer_scores: (dict(logits=Float32, weights=Float32), Float32),
+    indexer.top_keys: (dict(scores=Float32, visible=Bool), None),
+    indexer.top_mask: (dict(scores=Float32, visible=Bool), Bool),
+    indexer.indexer_kl: (dict(scores=Float32, target=Float32, mask=Bool), Float32),
+    sparse.gathered_logits: ({}, Float32),
+    sparse.target: (dict(weights=Float32), Float32),
+    sparse.masked: (dict(scores=Float32, mask=Bool), None),
+    sparse.gathered: (dict(compressed=Float32, scores=Float32), None),
+    router.router_logits: (dict(x=Float32, weight=Float32), Float32),
+    router.router_scores: (dict(logits=Float32), Float32),
+    router.choose: (dict(ranks=Float32), Int32),
+    router.combine_weights: (dict(scores=Float32), Float32),
+    router.expert_load: (dict(real=Bool), Float32),
+    router.balance_loss: (dict(scores=Float32, real=Bool), Float32),
+    router.balanced_bias: (dict(bias=Float32, load=Float32), Float32),
     step.add: (dict(total=Float32, part=Float32), Float32),
     step.logits: ({}, Float32),
     LM.output_table.fget: ({}, Float32),
 }
-MODULES = (LM, norm.RMSNorm, attention.Attention, mlp.MLP, embedding.Embedding)
 
 
 def dtypes(annotation) -> list[tuple[str, ...]]:
@@ -65,17 +96,20 @@ def test_signatures_declare_the_contract(function):
 
 
 def test_every_parameter_is_declared_float32():
-    untied = dataclasses.replace(tiny.MODEL, tied=False)
-    shapes = jax.eval_shape(lambda: LM.init(untied, "bfloat16", key=jax.random.key(0)))
-    assert all(weight.dtypes == ("float32",) for weight in arrays.weights(shapes))
+    for model in (tiny.MODEL, tiny.GEMMA4, tiny.DEEPSEEK):
+        shapes = jax.eval_shape(lambda model=model: LM.init(model, "bfloat16", key=jax.random.key(0)))
+        assert all(weight.dtypes == ("float32",) for weight in arrays.weights(shapes))
 
 
 def test_fields_of_batch_state_and_metrics_are_declared():
-    fields = {f.name: f.type for c in (Batch, step.State, step.Metrics) for f in dataclasses.fields(c)}
+    classes = (Batch, step.State, step.Metrics, loss.Report, Aux)
+    fields = {f.name: f.type for c in classes for f in dataclasses.fields(c)}
     ints = ("tokens", "targets", "positions", "segments", "step", "skipped")
-    declared = dict.fromkeys(ints, Int32) | dict.fromkeys(("weights", "loss", "grad_norm", "lr"), Float32)
+    floats = ("weights", "loss", "grad_norm", "lr", "nll", "mtp_nll", "mtp_loss", "balance", "indexer_kl", "load")
+    declared = dict.fromkeys(ints, Int32) | dict.fromkeys((*floats, "expert_load"), Float32)
     for name, dtype in {**declared, "finite": Bool, "key": UInt32}.items():
-        assert dtypes(fields[name]) == [tuple(dtype.dtypes)], name
+        assert set(dtypes(fields[name])) - {()} == {tuple(dtype.dtypes)}, name
+    assert [dtypes(f.type) for f in dataclasses.fields(loss.Counts)] == [[tuple(Float32.dtypes)]] * 2
 
 
 # ------------------------------------------------------------------ wrong dtypes, one argument at a time
@@ -86,6 +120,9 @@ def z(*shape: int, dtype=jnp.float32) -> jax.Array:
 
 
 MASK, LOGITS = z(2, 3, 5, dtype=bool), z(2, 4, 6, 3, 5)
+SCORES, SEEN, CHOICE = z(2, 3, 5), z(2, 3, 5, dtype=bool), z(3, 2, dtype=jnp.int32)
+QUERIES = dict(q=z(2, 3, 4, 8), index_q=z(2, 3, 6, 7), index_weights=z(2, 3, 6))
+QUERIES |= dict.fromkeys(("positions", "segments"), z(2, 3, dtype=jnp.int32))
 Q, K, IDS = z(2, 4, 6, 3, 8), z(2, 4, 5, 8), z(2, 3, dtype=jnp.int32)
 CALLS = {  # every argument of these calls is right
     attend.masked_softmax: dict(logits=LOGITS, mask=MASK),
@@ -96,6 +133,25 @@ CALLS = {  # every argument of these calls is right
     loss.token_loss: dict(target_logit=z(3), log_z=z(3), weights=z(3)),
     loss.target_statistics: dict(x=z(3, 4), table=z(7, 4), targets=z(3, dtype=jnp.int32), softcap=None),
     linear.gather: dict(spec="embed ff -> embed ff", weight=z(3, 4), dtype=jnp.dtype("bfloat16")),
+    indexer.indexer_scores: dict(logits=z(2, 4, 3, 5), weights=z(2, 3, 4)),
+    indexer.top_keys: dict(scores=SCORES, visible=SEEN, topk=2),
+    indexer.top_mask: dict(scores=SCORES, visible=SEEN, topk=2),
+    indexer.indexer_kl: dict(scores=SCORES, target=SCORES, mask=SEEN),
+    sparse.target: dict(weights=z(2, 1, 4, 3, 5)),
+    sparse.masked: dict(
+        queries=sparse.Queries(**QUERIES), expanded=(z(2, 4, 5, 8), z(2, 4, 5, 9)), scores=SCORES, mask=SEEN, scale=1.0
+    ),
+    sparse.gathered: dict(
+        **dict(queries=sparse.Queries(**QUERIES), compressed=z(2, 5, 12), up=z(10, 4, 15), scores=SCORES),
+        **dict(chosen=(z(2, 3, 2, dtype=jnp.int32), z(2, 3, 2, dtype=bool)), nope=6, scale=1.0),
+    ),
+    router.router_logits: dict(x=z(3, 4), weight=z(4, 8)),
+    router.router_scores: dict(logits=z(3, 8), kind="sigmoid"),
+    router.choose: dict(ranks=z(3, 8), c=tiny.ROUTED),
+    router.combine_weights: dict(scores=z(3, 8), index=CHOICE, c=tiny.ROUTED),
+    router.expert_load: dict(index=CHOICE, real=z(3, dtype=bool), experts=8),
+    router.balance_loss: dict(scores=z(3, 8), index=CHOICE, real=z(1, 3, dtype=bool)),
+    router.balanced_bias: dict(bias=z(8), load=z(8), rate=0.1),
     step.add: dict(total={"w": z(3)}, part={"w": z(3)}),
     Batch: dict(tokens=IDS, targets=IDS, positions=IDS, segments=IDS, weights=z(2, 3)),
     norm.RMSNorm: dict(scale=z(4), offset=0.0, eps=1e-6),
@@ -105,6 +161,25 @@ CALLS = {  # every argument of these calls is right
     ),
     mlp.MLP: dict(gate=z(2, 3), up=z(2, 3), down=z(3, 2), activation="gelu"),
     embedding.Embedding: dict(table=z(2, 3)),
+    norm.LayerNorm: dict(scale=z(4), bias=z(4), eps=1e-6),
+    sparse.Queries: QUERIES,
+    indexer.Indexer: dict(
+        **dict(q=z(2, 3, 4), k=z(5, 4), k_norm=norm.LayerNorm(z(4), z(4), 1e-6), head_weights=z(5, 3)),
+        **dict(rope=tiny.latent(3).rope, rope_dim=8, topk=3),
+    ),
+    mla.MLA: dict(
+        **dict(q=z(2, 3, 4), q_a=z(2, 5), q_norm=None, q_b=z(5, 3, 4), kv_a=z(2, 7), kv_b=z(6, 3, 8), o=z(3, 9, 2)),
+        **dict(kv_norm=norm.RMSNorm(z(6), 0.0, 1e-6), indexer=None, cfg=tiny.latent(3), warmup=False),
+    ),
+    router.Router: dict(weight=z(4, 8), scale=z(4), expert_scale=z(8), bias=z(8), cfg=tiny.ROUTED, eps=1e-6),
+    moe.MoE: dict(
+        **dict(router=router.Router(z(4, 8), None, None, tiny.ROUTED, 1e-6, None), cfg=tiny.ROUTED),
+        **dict(gate_up=z(8, 4, 2, 3), down=z(8, 3, 4)),
+    ),
+    per_layer.PerLayerGate: dict(gate=z(2, 3), out=z(3, 2), norm=norm.RMSNorm(z(2), 0.0, 1e-6)),
+    per_layer.PerLayerInputs: dict(
+        embedding=embedding.Embedding(z(7, 6)), projection=z(2, 6), norm=norm.RMSNorm(z(3), 0.0, 1e-6)
+    ),
 }
 CHECKED = {f: tuple(parameters) for f, (parameters, _) in DECLARED.items() if parameters and f in CALLS} | {
     Batch: ("tokens", "targets", "positions", "segments", "weights"),
@@ -112,6 +187,14 @@ CHECKED = {f: tuple(parameters) for f, (parameters, _) in DECLARED.items() if pa
     attention.Attention: ("q", "k", "v", "o"),
     mlp.MLP: ("gate", "up", "down"),
     embedding.Embedding: ("table",),
+    norm.LayerNorm: ("scale", "bias"),
+    sparse.Queries: ("index_weights",),
+    indexer.Indexer: ("q", "k", "head_weights"),
+    mla.MLA: ("q", "q_a", "q_b", "kv_a", "kv_b", "o"),
+    router.Router: ("weight", "scale", "expert_scale", "bias"),
+    moe.MoE: ("gate_up", "down"),
+    per_layer.PerLayerGate: ("gate", "out"),
+    per_layer.PerLayerInputs: ("projection",),
 }
 
 
@@ -124,7 +207,7 @@ def wrong(x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
 def test_the_right_dtypes_pass(function):
-    with contextlib.suppress(NameError):  # target_statistics asks for a mesh axis, once its arguments are checked
+    with contextlib.suppress(NameError, TypeError):  # some ask for a mesh axis, once their arguments are checked
         function(**CALLS[function])
 
 
@@ -161,17 +244,18 @@ def test_check_finds_weights_that_were_changed_behind_the_type_checker():
 
 TWO_LAYERS = dataclasses.replace(tiny.MODEL, stages=(dataclasses.replace(tiny.MODEL.stages[0], repeats=1),))
 WHOLE = dataclasses.replace(tiny.CONFIG, model=TWO_LAYERS, compute_dtype="bfloat16", remat="none")
+SPARSE = dataclasses.replace(WHOLE, model=tiny.DEEPSEEK)
 
 
-def trace_train_step(in_bfloat16: str | None = None):
+def trace_train_step(in_bfloat16: str | None = None, cfg: Config = WHOLE):
     """Trace everything that a step computes, on no device at all. `in_bfloat16`: a parameter that the state has so."""
-    mesh = sharding.abstract_mesh(WHOLE.mesh)
-    state = step.abstract_state(WHOLE, mesh)
+    mesh = sharding.abstract_mesh(cfg.mesh)
+    state = step.abstract_state(cfg, mesh)
     cast = lambda w: jax.ShapeDtypeStruct(w.value.shape, "bfloat16", sharding=w.value.sharding)
     leaves = [cast(w) if in_bfloat16 == w.path else w.value for w in arrays.weights(state.model)]
     model = jax.tree.unflatten(jax.tree.structure(state.model), leaves)
     state = eqx.tree_at(lambda s: s.model, state, model)
-    return jax.eval_shape(step.make_train_step(WHOLE, mesh), state, step.abstract_batch(WHOLE, mesh))
+    return jax.eval_shape(step.make_train_step(cfg, mesh), state, step.abstract_batch(cfg, mesh))
 
 
 def careless(function):
@@ -206,8 +290,34 @@ MISTAKES = {  # what the error must say: the mistake
 }
 
 
-def test_the_train_step_keeps_the_contract():
-    trace_train_step()
+SPARSE_MISTAKES = {  # the same in a DeepSeek-V3.2
+    "return value of .*Indexer.__call__": (indexer, "jnp", instead(jnp, einsum=careless(jnp.einsum))),
+    "return value of .*indexer_logits": (
+        *(indexer, "jax"),
+        instead(jax, nn=instead(jax.nn, relu=careless(jax.nn.relu))),
+    ),
+    "return value of .*indexer_scores": (indexer, "jnp", instead(jnp, sum=careless(jnp.sum))),
+    "parameter 'logits'": (sparse, "indexer_logits", careless(indexer.indexer_logits)),
+    "parameter 'scores'": (sparse, "indexer_scores", careless(indexer.indexer_scores)),
+    "parameter 'visible'": (sparse, "visible", additive),
+    "parameter 'mask'": (sparse, "top_mask", lambda s, v, k: jnp.where(indexer.top_mask(s, v, k), 0.0, -jnp.inf)),
+    "return value of .*gathered_logits": (sparse, "jnp", instead(jnp, einsum=careless(jnp.einsum))),
+    "parameter 'target'": (sparse, "target", careless(sparse.target)),
+    "return value of .*router_logits": (router, "jnp", instead(jnp, einsum=careless(jnp.einsum))),
+    "return value of .*combine_weights": (router, "jnp", instead(jnp, take_along_axis=careless(jnp.take_along_axis))),
+}
+
+
+@pytest.mark.parametrize("cfg", [WHOLE, SPARSE], ids=["Gemma", "DeepSeek"])
+def test_the_train_step_keeps_the_contract(cfg):
+    trace_train_step(cfg=cfg)
+
+
+@pytest.mark.parametrize("message", SPARSE_MISTAKES)
+def test_a_mistake_in_a_deepseek_is_an_error_when_the_train_step_is_traced(message, monkeypatch):
+    monkeypatch.setattr(*SPARSE_MISTAKES[message])
+    with pytest.raises(TypeCheckError, match=message):
+        trace_train_step(cfg=SPARSE)
 
 
 @pytest.mark.parametrize("message", MISTAKES)

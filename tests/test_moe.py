@@ -243,6 +243,6 @@ def skewed(state: step.State) -> step.State:
     router_ = state.model.stages[0][0].moe.router
     table = state.model.embedding.table
     direction = jnp.ones(table.shape[1]) / table.shape[1] ** 0.5
-    towards = jnp.zeros(8).at[jnp.asarray([2, 5])].set(1.5)
+    towards = jnp.zeros(8).at[jnp.asarray([2, 5])].set(0.6)
     leaves = {id(router_.weight): router_.weight + (direction[:, None] * towards[None])[None], id(table): table + 0.7}
     return jax.tree.map(lambda x: jax.device_put(leaves[id(x)], x.sharding) if id(x) in leaves else x, state)

@@ -20,7 +20,9 @@ from mintrain.model import LM
 from mintrain.optim import schedule
 
 FLAGS = ("finite", "skipped", "lr")
-GENTLE = dataclasses.replace(tiny.CONFIG.optim, lr=1e-3)  # this model amplifies rounding: its norms divide small outputs
+GENTLE = dataclasses.replace(
+    tiny.CONFIG.optim, lr=1e-3
+)  # this model amplifies rounding: its norms divide small outputs
 MUON = dataclasses.replace(tiny.CONFIG.optim, name="muon")
 
 

@@ -93,9 +93,9 @@ class Router(eqx.Module):
     weight: Float32[Array, "embed routes"]
     scale: Float32[Array, "dim"] | None  # of the normalised input (Gemma 4)
     expert_scale: Float32[Array, "routes"] | None
-    bias: Float32[Array, "routes"] | None = buffer()  # it chooses and has no gradient; `balanced_bias` moves it
     cfg: config.MoE = eqx.field(static=True)
     eps: float = eqx.field(static=True)
+    bias: Float32[Array, "routes"] | None = buffer()  # it chooses and has no gradient; `balanced_bias` moves it
 
     @staticmethod
     def init(c: config.MoE, model: config.Model, *, key: PRNGKeyArray) -> "Router":

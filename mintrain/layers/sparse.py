@@ -21,7 +21,7 @@ from mintrain.collectives import psum
 from mintrain.layers.attend import attention_logits, masked_softmax, visible
 from mintrain.layers.indexer import indexer_kl, indexer_logits, indexer_scores, top_keys, top_mask
 
-BLOCK = 1 << 26  # float32 logits of one block of queries on one device: 256 MiB
+BLOCK = 1 << 24  # float32 logits of one block of queries on one device: 64 MiB
 GATHER_FROM = 4  # keys for each chosen one from which the gathered form is used; docs/sparse.md has the measurement
 
 
@@ -142,5 +142,5 @@ def sparse_attention(
         return masked(part, narrow(shared), scores, mask if topk is None else top_mask(scores, mask, topk), scale)
 
     batch, _, heads, _ = queries.q.shape
-    width = length * queries.index_q.shape[2] + heads * (topk if gathers else length)
+    width = length * queries.index_q.shape[2] + heads * (length if not gathers or topk is None else topk)
     return over_blocks(block, queries, max(BLOCK // (batch * width), 1))
