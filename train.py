@@ -41,7 +41,7 @@ def train(cfg: Config) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
     mesh = sharding.make_mesh(cfg.mesh)
     abstract, shapes = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
-    sharding.validate(cfg, abstract.model)
+    sharding.validate(cfg.mesh, abstract.model)
     text, heldout, tokenizer = load_data(cfg)
     state = step.new_state(cfg, mesh) if checkpoints.latest is None else checkpoints.restore(abstract)
     at = int(state.step)

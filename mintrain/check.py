@@ -24,7 +24,7 @@ def report(cfg: Config) -> str:
     """Trace the step and describe what was traced. Raises ConfigError or TypeError where a contract is broken."""
     mesh = abstract_mesh(cfg.mesh)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
-    validate(cfg, state.model)
+    validate(cfg.mesh, state.model)
     make_train_step(cfg, mesh).trace(state, batch)
     tokens = cfg.batch_size * cfg.data.seq_len
     parameters = [w for w in weights(state.model) if not w.buffer]

@@ -1,146 +1,31 @@
-"""Hugging Face checkpoint folders of all families: safetensors to an Equinox model.
+"""Hugging Face checkpoint folders, read and written: `load_hf`, and `python -m mintrain.hf export RUN OUT`.
 
-The tables name every weight once: ours, the file's name, and how the axes go from one to the other.
+Reading goes tensor by tensor, through views into the files, straight to the shard that a device holds.
 """
 
 import json
-import math
-import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
-from mintrain import config, sharding
+from mintrain import config, options, sharding, step
 from mintrain.arrays import Weight, check, weights
+from mintrain.checkpoint import Checkpoints
 from mintrain.config import ConfigError
-from mintrain.hf_config import model_config
+from mintrain.hf_config import from_model, model_config
+from mintrain.hf_files import DTYPES, INDEX, Tensor, tensors
+from mintrain.hf_names import Source, file_shape, sizes, sources, text_names, unused
 from mintrain.model import LM
+from mintrain.tokenizer import load_tokenizer, tokenizer_path
 
-SAME = "dim -> dim"
-TABLE = {  # ours: (the file's, axes of the file -> our axes, for one layer)
-    "embedding.table": ("embed_tokens.weight", "vocab embed -> vocab embed"),
-    "head.table": ("lm_head.weight", "vocab embed -> vocab embed"),
-    "norm.scale": ("norm.weight", SAME),
-    "per_layer_inputs.embedding.table": ("embed_tokens_per_layer.weight", "vocab embed -> vocab embed"),
-    "per_layer_inputs.projection": ("per_layer_model_projection.weight", "layers_width embed -> embed layers_width"),
-    "per_layer_inputs.norm.scale": ("per_layer_projection_norm.weight", SAME),
-    "attention_norm.scale": ("input_layernorm.weight", SAME),
-    "mlp.gate": ("mlp.gate_proj.weight", "ff embed -> embed ff"),
-    "mlp.up": ("mlp.up_proj.weight", "ff embed -> embed ff"),
-    "mlp.down": ("mlp.down_proj.weight", "embed ff -> ff embed"),
-}
-GEMMA = TABLE | {
-    "attention.q": ("self_attn.q_proj.weight", "(kv_heads group head) embed -> embed kv_heads group head"),
-    "attention.k": ("self_attn.k_proj.weight", "(kv_heads head) embed -> embed kv_heads head"),
-    "attention.v": ("self_attn.v_proj.weight", "(kv_heads head) embed -> embed kv_heads head"),
-    "attention.o": ("self_attn.o_proj.weight", "embed (kv_heads group head) -> kv_heads group head embed"),
-    "attention.q_norm.scale": ("self_attn.q_norm.weight", SAME),
-    "attention.k_norm.scale": ("self_attn.k_norm.weight", SAME),
-    "attention_post_norm.scale": ("post_attention_layernorm.weight", SAME),
-    "mlp_norm.scale": ("pre_feedforward_layernorm.weight", SAME),
-    "mlp_post_norm.scale": ("post_feedforward_layernorm.weight", SAME),
-    "scalar": ("layer_scalar", "1 -> "),
-    # 26B
-    "branches.mlp_post_norm.scale": ("post_feedforward_layernorm_1.weight", SAME),
-    "branches.moe_norm.scale": ("pre_feedforward_layernorm_2.weight", SAME),
-    "branches.moe_post_norm.scale": ("post_feedforward_layernorm_2.weight", SAME),
-    "moe.router.weight": ("router.proj.weight", "routes embed -> embed routes"),
-    "moe.router.scale": ("router.scale", SAME),
-    "moe.router.expert_scale": ("router.per_expert_scale", "routes -> routes"),
-    "moe.gate_up": ("experts.gate_up_proj", "experts (pair ff) embed -> experts embed pair ff"),
-    "moe.down": ("experts.down_proj", "experts embed ff -> experts ff embed"),
-    # E2B, E4B
-    "per_layer.gate": ("per_layer_input_gate.weight", "width embed -> embed width"),
-    "per_layer.out": ("per_layer_projection.weight", "embed width -> width embed"),
-    "per_layer.norm.scale": ("post_per_layer_input_norm.weight", SAME),
-}
-DEEPSEEK = TABLE | {
-    "attention.q": ("self_attn.q_proj.weight", "(heads head) embed -> embed heads head"),
-    "attention.q_a": ("self_attn.q_a_proj.weight", "q_lora embed -> embed q_lora"),
-    "attention.q_norm.scale": ("self_attn.q_a_layernorm.weight", SAME),
-    "attention.q_b": ("self_attn.q_b_proj.weight", "(heads head) q_latent -> q_latent heads head"),
-    "attention.kv_a": ("self_attn.kv_a_proj_with_mqa.weight", "compressed embed -> embed compressed"),
-    "attention.kv_norm.scale": ("self_attn.kv_a_layernorm.weight", SAME),
-    "attention.kv_b": ("self_attn.kv_b_proj.weight", "(heads nope_v) kv_latent -> kv_latent heads nope_v"),
-    "attention.o": ("self_attn.o_proj.weight", "embed (heads v) -> heads v embed"),
-    "attention.indexer.q": (
-        "self_attn.indexer.wq_b.weight",
-        "(index_heads index_dim) q_latent -> q_latent index_heads index_dim",
-    ),
-    "attention.indexer.k": ("self_attn.indexer.wk.weight", "index_dim embed -> embed index_dim"),
-    "attention.indexer.k_norm.scale": ("self_attn.indexer.k_norm.weight", SAME),
-    "attention.indexer.k_norm.bias": ("self_attn.indexer.k_norm.bias", SAME),
-    "attention.indexer.head_weights": (
-        "self_attn.indexer.weights_proj.weight",
-        "index_heads embed -> embed index_heads",
-    ),
-    "mlp_norm.scale": ("post_attention_layernorm.weight", SAME),
-    "moe.router.weight": ("mlp.gate.weight", "routes embed -> embed routes"),
-    "moe.router.bias": ("mlp.gate.e_score_correction_bias", "routes -> routes"),
-    # one tensor for each expert: {} counts them, and all that one of ours is made of are stacked along a first axis
-    "moe.gate_up": (
-        "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
-        "(experts pair) ff embed -> experts embed pair ff",
-    ),
-    "moe.down": ("mlp.experts.{}.down_proj.weight", "experts embed ff -> experts ff embed"),
-}
-SHARED_EXPERTS = "mlp.shared_experts."  # the name of `mlp` in the files of layers that also have routed experts
-PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # multimodal checkpoints nest the text model
-
-
-class Source(NamedTuple):
-    """Where a weight comes from: for each of its layers, the file's tensors, which are stacked if `stack`."""
-
-    layers: list[list[str]]
-    stack: bool
-    axes: str
-
-
-def sources(model: LM) -> list[Source]:
-    """The source of each weight of `model`, in the order of its leaves. Names are without the text model's prefix."""
-    result, starts = [], [0]
-    for stage in model.cfg.stages:
-        starts.append(starts[-1] + len(stage.pattern) * stage.repeats)
-    for weight in weights(model):
-        inside = re.fullmatch(r"stages\[(\d+)\]\[(\d+)\]\.(.*)", weight.path)
-        if not inside:
-            template, axes = TABLE[weight.path]
-            result.append(Source([[template]], False, axes))
-            continue
-        stage = model.cfg.stages[int(inside[1])]
-        layer = stage.pattern[int(inside[2])]
-        table = DEEPSEEK if isinstance(layer.attention, config.MLA) else GEMMA
-        template, axes = table[inside[3]]
-        if layer.moe and table is DEEPSEEK:
-            template = re.sub(r"^mlp\.(?=\w+_proj)", SHARED_EXPERTS, template)
-        stack, at = "{}" in template, starts[int(inside[1])] + int(inside[2])
-        experts = range(layer.moe.experts) if layer.moe and stack else [0]
-        names = [name.format(e) for e in experts for name in template.split()]
-        numbers = range(at, at + stage.repeats * len(stage.pattern), len(stage.pattern))
-        result.append(Source([[f"layers.{i}.{name}" for name in names] for i in numbers], stack, axes))
-    return result
-
-
-def _text_names(names: list[str]) -> dict[str, str]:
-    """The text model's tensors, by their names without the prefix. Other towers of a multimodal folder are left out."""
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
-    return {name.removeprefix(prefix): name for name in names if name.startswith(prefix) or prefix == "model."}
-
-
-def _sizes(weight: Weight) -> dict[str, int]:
-    return dict(zip(weight.dims, weight.value.shape[weight.stacked :], strict=True))
-
-
-def file_shape(source: Source, weight: Weight) -> tuple[int, ...]:
-    """The shape that each of the weight's tensors has in the file."""
-    groups = re.findall(r"\(([^)]*)\)|(\w+)", source.axes.split("->")[0])
-    sizes = {**_sizes(weight), "1": 1}
-    shape = tuple(math.prod(sizes[name] for name in (many or one).split()) for many, one in groups)
-    return shape[1:] if source.stack else shape
+SHARD = 4 << 30  # bytes of one file that is written
 
 
 def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None = None) -> LM:
@@ -149,39 +34,181 @@ def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None
     dtype: "float32" or "bfloat16", in which the model computes; its weights are kept in float32.
     Raises ConfigError that lists every missing, surplus or misshapen tensor.
     """
-    from safetensors import safe_open
+    cfg, mesh = read_config(folder), mesh or config.Mesh()
+    shapes, devices = jax.eval_shape(lambda: LM.init(cfg, dtype, key=jax.random.key(0))), sharding.make_mesh(mesh)
+    sharding.validate(mesh, shapes)
+    return read_weights(folder, sharding.place(devices, shapes, sharding.specs(shapes)))
 
+
+def read_config(folder: str | Path) -> config.Model:
+    """What `config.json` describes, and the layers of multi-token prediction that the files hold."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    cfg = model_config(json.loads((folder / "config.json").read_text()))
-    shapes = jax.eval_shape(lambda: LM.init(cfg, dtype, key=jax.random.key(0)))
-    devices = sharding.make_mesh(mesh or config.Mesh())
-    handles = [safe_open(file, framework="numpy") for file in sorted(folder.glob("model*.safetensors"))]
-    found = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    files = _text_names(list(found))
-    problems, leaves = [], []
-    for weight, source in zip(weights(shapes), sources(shapes), strict=True):
-        layers, expected = [], file_shape(source, weight)
-        for names in source.layers:
-            tensors = []
-            for name in names:
-                if name not in files:
-                    problems.append(f"missing {name}")
-                    continue
-                full_name = files.pop(name)
-                tensors.append(found[full_name].get_tensor(full_name))
-                if tensors[-1].shape != expected:
-                    problems.append(f"{full_name} has shape {tensors[-1].shape}, expected {expected}")
-            if not problems:
-                tensor = np.stack(tensors) if source.stack else tensors[0]
-                layers.append(einops.rearrange(tensor, source.axes, **_sizes(weight)))
-        if not problems:
-            leaf = (np.stack(layers) if weight.stacked else layers[0]).astype(np.float32)
-            leaves.append(jax.device_put(leaf, NamedSharding(devices, sharding.spec(weight))))
-    problems += [f"surplus {name}" for name in files]
+    try:
+        cfg = model_config(json.loads((folder / "config.json").read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}; download it again") from error
+    joins = [name for name in text_names(list(tensors(folder))) if name.endswith(".eh_proj.weight")]
+    return replace(cfg, mtp=cfg.layers[-1:] * len(joins))
+
+
+def read_weights(folder: str | Path, model: LM) -> LM:
+    """A folder's weights, in the shapes and on the devices of the abstract `model`. Raises ConfigError as above."""
+    found = tensors(Path(folder))
+    files = {name: found[full] for name, full in text_names(list(found)).items()}
+    pairs = list(zip(weights(model), sources(model), strict=True))
+    problems, skipped = [], unused(model.cfg)
+    for weight, source in pairs:
+        expected = file_shape(source, weight)
+        for name in (name for names in source.layers for name in names):
+            if name not in files:
+                problems.append(f"missing {name}")
+            elif files[name].shape != expected or files[name].dtype not in DTYPES:
+                problems.append(f"{name} is {files[name].dtype} {files[name].shape}, expected floats {expected}")
+    known = {name for _, source in pairs for names in source.layers for name in names}
+    problems += [f"surplus {name}" for name in files if name not in known and not skipped.fullmatch(name)]
     if problems:
-        raise ConfigError(f"{folder}: {len(problems)} tensors do not fit config.json: {'; '.join(problems)}")
-    model = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    check(model)
-    return model
+        raise ConfigError(f"{folder}: {len(problems)} tensors do not fit the config: {'; '.join(problems)}")
+
+    def leaf(weight: Weight, source: Source) -> jax.Array:
+        part = lambda index: _shard(weight, source, files, index)
+        return jax.make_array_from_callback(weight.value.shape, weight.value.sharding, part)
+
+    loaded = jax.tree.unflatten(jax.tree.structure(model), [leaf(*pair) for pair in pairs])
+    check(loaded)
+    return loaded
+
+
+def _shard(weight: Weight, source: Source, files: dict[str, Tensor], index: tuple[slice, ...]) -> np.ndarray:
+    """One device's part of a weight, in float32: beside it, one tensor of the files is in memory at a time."""
+    shape = weight.value.shape
+    out = np.empty([len(range(n)[at]) for n, at in zip(shape, index, strict=True)], np.float32)
+    layers = range(len(source.layers))[index[0]] if weight.stacked else [0]
+    inner = index[weight.stacked :]
+    for i, layer in enumerate(layers):
+        target, names = out[i, ...] if weight.stacked else out, source.layers[layer]  # a view, also of one number
+        if not source.stack:
+            target[...] = einops.rearrange(files[names[0]].read(), source.axes, **sizes(weight))[inner]
+            continue
+        count = shape[weight.stacked]  # of experts, which come first
+        many, one = len(names) // count, {**sizes(weight), "experts": 1}
+        for j, expert in enumerate(range(count)[inner[0]]):
+            stacked = np.stack([files[name].read() for name in names[expert * many : (expert + 1) * many]])
+            target[j] = einops.rearrange(stacked, source.axes, **one)[0][inner[1:]]
+    return out
+
+
+def save_hf(model: LM, out: str | Path, dtype: str = "float32") -> None:
+    """Write `config.json` and safetensors, with an index where there are several files, for transformers.
+
+    dtype: of the weights in the files, "float32" or "bfloat16"; a router's selection bias is float32 in both.
+    Raises ConfigError if the model has no form there, or if `out` is a folder that holds something.
+    """
+    from safetensors.numpy import save_file
+
+    out = Path(out)
+    written = from_model(model.cfg)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} holds something already; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps({**written, "dtype": dtype}, indent=1))
+    shards, held, size = [], {}, 0
+    for name, tensor in _export(model, dtype):
+        if held and size + tensor.nbytes > SHARD:
+            shards.append(_write(out, len(shards), held, save_file))
+            held, size = {}, 0
+        held[name], size = tensor, size + tensor.nbytes
+    shards.append(_write(out, len(shards), held, save_file))
+    if len(shards) == 1:
+        (out / shards[0][0]).rename(out / "model.safetensors")
+        return
+    index, total = {}, 0
+    for i, (file, names, nbytes) in enumerate(shards):
+        final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (out / file).rename(out / final)
+        index |= dict.fromkeys(names, final)
+        total += nbytes
+    (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1))
+
+
+def _write(out: Path, number: int, held: dict[str, np.ndarray], save_file) -> tuple[str, list[str], int]:
+    file = f"part-{number}.safetensors"
+    save_file(held, out / file, metadata={"format": "pt"})
+    return file, list(held), sum(tensor.nbytes for tensor in held.values())
+
+
+def _export(model: LM, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the files, one layer and one expert at a time."""
+    narrow = np.dtype(jnp.bfloat16 if dtype == "bfloat16" else np.float32)
+    for weight, source in zip(weights(model), sources(model), strict=True):
+        target = np.dtype(np.float32) if weight.path.endswith("router.bias") else narrow
+        back = " -> ".join(reversed(source.axes.split(" -> ")))
+        pair = {"pair": 2} if "pair" in weight.dims else {}
+        shape = weight.value.shape
+        for i, names in enumerate(source.layers):
+            experts = shape[weight.stacked] if source.stack else 1
+            many = len(names) // experts
+            for expert in range(experts):
+                at = [slice(i, i + 1)] * weight.stacked + [slice(None)] * len(weight.dims)
+                if source.stack:
+                    at[weight.stacked] = slice(expert, expert + 1)
+                piece = _fetch(weight.value, at).reshape(
+                    (*(1,) * source.stack, *shape[weight.stacked + source.stack :])
+                )
+                tensor = einops.rearrange(piece.astype(target), back, **pair)
+                parts = tensor if source.stack else [tensor]
+                for name, part in zip(names[expert * many : (expert + 1) * many], parts, strict=True):
+                    yield name if name == "lm_head.weight" else f"model.{name}", np.ascontiguousarray(part)
+
+
+def _fetch(value: jax.Array, at: list[slice]) -> np.ndarray:
+    """A part of an array that may be spread over devices, from these devices' own parts."""
+    bounds = [s.indices(n)[:2] for s, n in zip(at, value.shape, strict=True)]
+    out = np.empty([stop - start for start, stop in bounds], value.dtype)
+    for shard in value.addressable_shards:
+        held = [s.indices(n)[:2] for s, n in zip(shard.index, value.shape, strict=True)]
+        both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, held, strict=True)]
+        if shard.replica_id == 0 and all(low < high for low, high in both):
+            starts = [low - first for (low, _), (first, _) in zip(both, held, strict=True)]
+            part = jax.lax.dynamic_slice(shard.data, starts, [high - low for low, high in both])
+            out[tuple(slice(low - a, high - a) for (low, high), (a, _) in zip(both, bounds, strict=True))] = part
+    return out
+
+
+def export(run: str, out: str, dtype: str = "float32") -> None:
+    """Write the latest checkpoint of a run, with its tokenizer. Raises ConfigError where `save_hf` does."""
+    folder = Path(run)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; give the folder of a run, such as runs/shakespeare")
+    cfg = replace(options.read(folder / "config.json"), mesh=config.Mesh(), accumulate=1)
+    cfg = replace(cfg, per_device_batch_size=1.0)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
+    if checkpoints.latest is None:
+        raise ConfigError(f"{folder} has no checkpoint; train it first")
+    state = checkpoints.restore(step.abstract_state(cfg, sharding.make_mesh(cfg.mesh)))
+    save_hf(state.model, out, dtype)
+    bos = load_tokenizer(cfg.data.tokenizer).bos  # it separates documents: it also ends one
+    (Path(out) / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": bos}))
+    if cfg.data.tokenizer != "bytes":
+        path = tokenizer_path(cfg.data.tokenizer)
+        shutil.copy(path, Path(out) / f"tokenizer{path.suffix}")
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"} if path.suffix == ".json" else {}
+        (Path(out) / "tokenizer_config.json").write_text(json.dumps(kind))
+    print(f"{out}: step {checkpoints.latest} of {folder} in {dtype}")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) not in (3, 4) or argv[0] != "export" or argv[3:] not in ([], ["float32"], ["bfloat16"]):
+        print("python -m mintrain.hf export RUN OUT [float32|bfloat16]", file=sys.stderr)
+        return 2
+    try:
+        export(*argv[1:])
+        return 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,9 @@
-"""`config.json` of a Hugging Face folder to a `config.Model`, in both spellings: the hub's and transformers 5's."""
+"""`config.json` of a Hugging Face folder to a `config.Model` and back; two spellings are read, the hub's is written.
 
+The other spelling is that of transformers 5, which for example gives each layer's head width on its own.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 from mintrain import config
@@ -231,3 +235,137 @@ def _deepseek_rope(hf: dict[str, Any]) -> config.Rope:
             mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
         ),
     )
+
+
+def from_model(model: config.Model) -> dict[str, Any]:
+    """The inverse of `model_config`, in the spelling of the hub. Raises ConfigError for what has no form there."""
+    mla = any(isinstance(layer.attention, config.MLA) for layer in model.layers)
+    try:
+        hf = _to_deepseek(model) if mla else _to_gemma(model)
+        if model_config(hf) == _plain(model):
+            return hf
+    except (StopIteration, AttributeError, ConfigError, IndexError):
+        pass  # some layer is not what its family's layers are
+    raise ConfigError("this model has no Hugging Face form: its layers are not those of one family; see docs/models.md")
+
+
+def _plain(model: config.Model) -> config.Model:
+    """Without what only training from scratch knows."""
+
+    def plain(layer: config.Layer) -> config.Layer:
+        attention, moe = layer.attention, layer.moe
+        if isinstance(attention, config.Attention):
+            attention = replace(attention, q_norm_init=1.0)
+        if moe is not None:
+            moe = replace(moe, balance=0.0, bias_rate=None if moe.bias_rate is None else 0.001)
+        return replace(layer, attention=attention, moe=moe)
+
+    return replace(model, stages=config.stages(tuple(map(plain, model.layers))), mtp=())
+
+
+def _to_gemma(model: config.Model) -> dict[str, Any]:
+    layers = model.layers
+    family = "gemma4" if model.norm_offset == 0 else "gemma3" if layers[0].attention.qk_norm else "gemma2"
+    local = next((layer.attention for layer in layers if layer.attention.window), layers[0].attention)
+    globe = next((layer.attention for layer in layers if not layer.attention.window), None)
+    kinds = ["sliding_attention" if layer.attention.window else "full_attention" for layer in layers]
+    hf = {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family if family == "gemma2" else f"{family}_text",
+        "vocab_size": model.vocab,
+        "hidden_size": model.embed,
+        "intermediate_size": layers[0].mlp.width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": local.heads,
+        "num_key_value_heads": local.kv_heads,
+        "head_dim": local.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": model.norm_eps,
+        "sliding_window": local.window or 4096,
+        "layer_types": kinds,
+        "final_logit_softcapping": model.final_softcap,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    }
+    ropes = {"sliding_attention": _to_rope(local.rope), "full_attention": _to_rope((globe or local).rope)}
+    if family != "gemma4":
+        hf["query_pre_attn_scalar"] = _whole(round(local.scale**-2, 6))
+        hf["attn_logit_softcapping"] = local.softcap
+        return hf | {"rope_parameters": ropes if family == "gemma3" else ropes["sliding_attention"]}
+    globe, last, moe = globe or local, layers[-1], layers[0].moe
+    return hf | {
+        "rope_parameters": ropes,
+        "global_head_dim": globe.head_dim,
+        "num_global_key_value_heads": globe.kv_heads if globe.k_is_v else None,
+        "attention_k_eq_v": globe.k_is_v,
+        "num_kv_shared_layers": sum(layer.attention.shares_kv for layer in layers),
+        "use_double_wide_mlp": last.mlp.width == 2 * layers[0].mlp.width,
+        "hidden_size_per_layer_input": model.per_layer_input,
+        "vocab_size_per_layer_input": model.vocab,
+        "enable_moe_block": moe is not None,
+        "num_experts": moe and moe.experts,
+        "top_k_experts": moe and moe.topk,
+        "moe_intermediate_size": moe and moe.width,
+    }
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _to_rope(rope: config.Rope) -> dict[str, Any]:
+    if rope.fraction != 1:
+        return {"rope_type": "proportional", "rope_theta": rope.theta, "partial_rotary_factor": rope.fraction}
+    if rope.factor != 1:
+        return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
+    return {"rope_type": "default", "rope_theta": rope.theta}
+
+
+def _to_deepseek(model: config.Model) -> dict[str, Any]:
+    mla = model.layers[0].attention
+    first = next((i for i, layer in enumerate(model.layers) if layer.moe), len(model.layers))
+    moe, shared = model.layers[first].moe, model.layers[first].mlp
+    family = "deepseek_v32" if mla.indexer else "deepseek_v3" if moe.score == "sigmoid" else "deepseek_v2"
+    yarn = mla.rope.yarn
+    rope = {"rope_type": "default", "rope_theta": mla.rope.theta}
+    if yarn is not None:
+        rope |= {"rope_type": "yarn", "factor": yarn.factor, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow}
+        rope |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
+        rope |= {"original_max_position_embeddings": yarn.original}
+    names = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "deepseek_v32": "DeepseekV32"}
+    hf = {
+        "architectures": [f"{names[family]}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": model.vocab,
+        "hidden_size": model.embed,
+        "intermediate_size": model.layers[0].mlp.width,
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": mla.heads,
+        "num_key_value_heads": mla.heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "q_lora_rank": mla.q_lora,
+        "kv_lora_rank": mla.kv_lora,
+        "qk_nope_head_dim": mla.nope,
+        "qk_rope_head_dim": mla.rope_dim,
+        "v_head_dim": mla.v,
+        "rope_parameters": rope,
+        "first_k_dense_replace": first,
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.topk,
+        "moe_intermediate_size": moe.width,
+        "n_shared_experts": shared.width // moe.width if shared else 0,
+        "n_group": moe.groups,
+        "topk_group": moe.kept_groups,
+        "norm_topk_prob": moe.normalise,
+        "routed_scaling_factor": moe.scaling,
+        "max_position_embeddings": round(yarn.factor * yarn.original) if yarn else 4096,
+    }
+    if family == "deepseek_v2":
+        hf |= {"topk_method": "group_limited_greedy" if moe.groups > 1 else "greedy"}
+    if mla.indexer:
+        hf |= {"index_n_heads": mla.indexer.heads, "index_head_dim": mla.indexer.head_dim}
+        hf |= {"index_topk": mla.indexer.topk}
+    return hf | ({"num_nextn_predict_layers": len(model.mtp)} if model.mtp else {})

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from mintrain.arrays import Weight, weights
-from mintrain.config import Config, ConfigError
+from mintrain.config import ConfigError
 from mintrain.config import Mesh as MeshConfig
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
@@ -93,9 +93,9 @@ def place(mesh: jax.sharding.Mesh | AbstractMesh, shapes: PyTree, layout: PyTree
     )
 
 
-def validate(cfg: Config, model: PyTree) -> None:
+def validate(mesh: MeshConfig, model: PyTree) -> None:
     """Raise ConfigError if a mesh axis does not divide a dim of the (abstract) model that it splits."""
-    sizes = dict(zip(AXES, cfg.mesh.sizes, strict=True))
+    sizes = dict(zip(AXES, mesh.sizes, strict=True))
     for weight in weights(model):
         for dim, size in zip(weight.dims, weight.value.shape[weight.stacked :], strict=True):
             axis = LAYOUT.get(dim)

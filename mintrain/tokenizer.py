@@ -28,11 +28,15 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         decode = lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
         return Tokenizer(257, 256, lambda texts: (list(text.encode()) for text in texts), decode, "bytes")
-    path = Path(str(files("mintrain") / "assets" / "tokenizer.json")) if name == "shakespeare" else Path(name)
+    path = tokenizer_path(name)
     if not path.is_file() or path.suffix not in (".json", ".model"):
         raise ConfigError(f"data.tokenizer={name} is not a .json or .model file; give one, or bytes, or shakespeare")
     fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
     return (_tokenizers if path.suffix == ".json" else _sentencepiece)(path, fingerprint)
+
+
+def tokenizer_path(name: str) -> Path:
+    return Path(str(files("mintrain") / "assets" / "tokenizer.json")) if name == "shakespeare" else Path(name)
 
 
 def _tokenizers(path: Path, fingerprint: str) -> Tokenizer:

@@ -24,7 +24,11 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
 )
 # All other files stand beside the path from the command line to the mathematics. They import from the rows above, and
 # from one another only this:
-BESIDE = {"data": {"tokenizer"}, "metrics": {"options"}, "hf": {"hf_config"}}
+BESIDE = {
+    "data": {"tokenizer"},
+    "metrics": {"options"},
+    "hf": {"hf_config", "hf_files", "hf_names", "options", "checkpoint", "tokenizer"},
+}
 
 
 def tree(name: str) -> ast.Module:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from mintrain import config, hf, hf_config, load_hf, logits, sharding, step
+from mintrain import config, hf_config, hf_names, load_hf, logits, sharding, step
 from mintrain.arrays import check, weights
 from mintrain.config import Config, ConfigError, Data
 from mintrain.layers import sparse
@@ -142,7 +142,7 @@ def test_loss_and_the_norm_of_every_gradient(case):
     np.testing.assert_allclose(report.nll / counted.sum(), reference["loss"], rtol=0, atol=5e-4)
 
     ours = {}
-    for weight, source in zip(weights(grads), hf.sources(model), strict=True):
+    for weight, source in zip(weights(grads), hf_names.sources(model), strict=True):
         layers = np.asarray(weight.value) if weight.stacked else np.asarray(weight.value)[None]
         back = " -> ".join(reversed(source.axes.split(" -> ")))
         if weight.buffer:
@@ -151,7 +151,7 @@ def test_loss_and_the_norm_of_every_gradient(case):
         for names, layer in zip(source.layers, layers, strict=True):
             tensor = einops.rearrange(layer, back, **({"pair": 2} if "pair" in back else {}))
             for name, part in zip(names, tensor if source.stack else [tensor], strict=True):
-                assert part.shape == hf.file_shape(source, weight)
+                assert part.shape == hf_names.file_shape(source, weight)
                 ours[f"grad_norm.{'' if name.startswith('lm_head') else 'model.'}{name}"] = np.linalg.norm(part)
     expected = {name: norm for name, norm in reference.items() if name.startswith("grad_norm.")}
     assert {name for name in ours if ".indexer." not in name} == expected.keys()
@@ -206,8 +206,8 @@ def test_everything_wrong_with_a_checkpoint_is_listed_at_once(tmp_path):
         "missing layers.1.mlp.up_proj.weight",
         "missing norm.weight",
         "surplus layers.0.self_attn.q_proj.bias",
-        "model.layers.2.self_attn.o_proj.weight has shape (7, 11)",
-        "model.layers.3.input_layernorm.weight has shape (63,)",
+        "layers.2.self_attn.o_proj.weight is F32 (7, 11), expected floats (64, 96)",
+        "layers.3.input_layernorm.weight is F32 (63,), expected floats (64,)",
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)

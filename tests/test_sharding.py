@@ -171,12 +171,12 @@ def test_optimizer_moments_are_laid_out_as_their_weights(name):
 def test_a_mesh_that_does_not_divide_the_model_is_refused_with_a_remedy(mesh, message):
     cfg = dataclasses.replace(tiny.CONFIG, mesh=config.Mesh(**mesh))
     with pytest.raises(ConfigError, match=message):
-        sharding.validate(cfg, jax.eval_shape(lambda: LM.init(cfg.model, "float32", key=jax.random.key(0))))
+        sharding.validate(cfg.mesh, jax.eval_shape(lambda: LM.init(cfg.model, "float32", key=jax.random.key(0))))
 
 
 def test_a_mesh_that_divides_the_model_is_accepted():
     cfg = dataclasses.replace(tiny.CONFIG, mesh=config.Mesh(fsdp=4, tensor=2))
-    sharding.validate(cfg, jax.eval_shape(lambda: LM.init(cfg.model, "float32", key=jax.random.key(0))))
+    sharding.validate(cfg.mesh, jax.eval_shape(lambda: LM.init(cfg.model, "float32", key=jax.random.key(0))))
 
 
 def test_more_devices_than_there_are_is_refused():
