@@ -29,18 +29,18 @@ def report(cfg: Config) -> str:
     tokens = cfg.batch_size * cfg.data.seq_len
     parameters = [w for w in weights(state.model) if not w.buffer]
     main = [w for w in parameters if not w.path.startswith("mtp")]
-    size = lambda found: sum(math.prod(w.value.shape) for w in found)
-    total = size(main)
+    count_all = lambda found: sum(w.value.size for w in found)
+    total = count_all(main)
     rows = [f"{cfg.run}: {len(cfg.model.layers)} layers, mesh {describe(cfg.mesh)}, {cfg.compute_dtype}", ""]
     rows += [f"{'parameters':42}{'count':>18}{'share':>8}"]
     for name, count in _modules(main).items():
         rows.append(f"  {name:40}{count:18,}{count / total:8.1%}")
     counts = {
         "total": total,
-        "active per token": round(sum(math.prod(w.value.shape) * _used(cfg, w) for w in main)),
-        "of the total, indexers": size(w for w in main if "indexer" in w.path),
-        "multi-token prediction, beside the total": size(w for w in parameters if w not in main),
-        "saved, not trained": size(w for w in weights(state.model) if w.buffer),
+        "active per token": round(sum(w.value.size * _used(cfg, w) for w in main)),
+        "of the total, indexers": count_all(w for w in main if "indexer" in w.path),
+        "multi-token prediction, beside the total": count_all(w for w in parameters if w not in main),
+        "saved, not trained": count_all(w for w in weights(state.model) if w.buffer),
     }
     rows += [f"{name:42}{count:18,}" for name, count in counts.items() if count]
     model, opt = bytes_per_device(state.model), bytes_per_device(state.opt)
@@ -58,7 +58,7 @@ def _modules(parameters: list[Weight]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for weight in parameters:
         name = re.sub(r"stages\[\d+\]\[\d+\]\.", "layers.", weight.path).rpartition(".")[0]
-        counts[name] = counts.get(name, 0) + math.prod(weight.value.shape)
+        counts[name] = counts.get(name, 0) + weight.value.size
     return counts
 
 

@@ -34,28 +34,27 @@ def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None
     dtype: "float32" or "bfloat16", in which the model computes; its weights are kept in float32.
     Raises ConfigError that lists every missing, surplus or misshapen tensor.
     """
-    cfg, mesh = read_config(folder), mesh or config.Mesh()
+    (cfg, found), mesh = read_headers(Path(folder)), mesh or config.Mesh()
     shapes, devices = jax.eval_shape(lambda: LM.init(cfg, dtype, key=jax.random.key(0))), sharding.make_mesh(mesh)
     sharding.validate(mesh, shapes)
-    return read_weights(folder, sharding.place(devices, shapes, sharding.specs(shapes)))
+    return read_weights(Path(folder), found, sharding.place(devices, shapes, sharding.specs(shapes)))
 
 
-def read_config(folder: str | Path) -> config.Model:
-    """What `config.json` describes, and the layers of multi-token prediction that the files hold."""
-    folder = Path(folder)
+def read_headers(folder: Path) -> tuple[config.Model, dict[str, Tensor]]:
+    """What `config.json` describes, with the layers of multi-token prediction that the files hold, and the tensors."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
         cfg = model_config(json.loads((folder / "config.json").read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}; download it again") from error
-    joins = [name for name in text_names(list(tensors(folder))) if name.endswith(".eh_proj.weight")]
-    return replace(cfg, mtp=cfg.layers[-1:] * len(joins))
+    found = tensors(folder)
+    joins = [name for name in text_names(list(found)) if name.endswith(".eh_proj.weight")]
+    return replace(cfg, mtp=cfg.layers[-1:] * len(joins)), found
 
 
-def read_weights(folder: str | Path, model: LM) -> LM:
+def read_weights(folder: Path, found: dict[str, Tensor], model: LM) -> LM:
     """A folder's weights, in the shapes and on the devices of the abstract `model`. Raises ConfigError as above."""
-    found = tensors(Path(folder))
     files = {name: found[full] for name, full in text_names(list(found)).items()}
     pairs = list(zip(weights(model), sources(model), strict=True))
     problems, skipped = [], unused(model.cfg)
@@ -181,8 +180,8 @@ def export(run: str, out: str, dtype: str = "float32") -> None:
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json; give the folder of a run, such as runs/shakespeare")
-    cfg = replace(options.read(folder / "config.json"), mesh=config.Mesh(), accumulate=1)
-    cfg = replace(cfg, per_device_batch_size=1.0)
+    cfg = options.read(folder / "config.json")
+    cfg = replace(cfg, mesh=config.Mesh(), accumulate=1, per_device_batch_size=1.0)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
     if checkpoints.latest is None:
         raise ConfigError(f"{folder} has no checkpoint; train it first")

@@ -92,7 +92,6 @@ def _matrix(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
     if len(dims) < 2 or "vocab" in weight.dims:
         return None
     axes = tuple(i for i, _ in dims)
-    split = (
-        -1 if dims[-1][1] == "embed" else 1
-    )  # "heads head embed" writes the residual stream, others read their first dim
+    # "heads head embed" writes the residual stream; the others read their first dim.
+    split = -1 if dims[-1][1] == "embed" else 1
     return optax.contrib.MuonDimensionNumbers(axes[:split], axes[split:])
