@@ -26,7 +26,7 @@ from functools import partial  # noqa: E402
 
 import jax  # noqa: E402
 
-from mintrain import check, generate, metrics, options, sharding, step  # noqa: E402
+from mintrain import check, generate, load, metrics, options, sharding, step  # noqa: E402
 from mintrain.checkpoint import Checkpoints  # noqa: E402
 from mintrain.config import Config, ConfigError  # noqa: E402
 from mintrain.data import Stream, heldout_batches, load_data, train_batch  # noqa: E402
@@ -43,7 +43,10 @@ def train(cfg: Config) -> int:
     abstract, shapes = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
     sharding.validate(cfg.mesh, abstract.model)
     text, heldout, tokenizer = load_data(cfg)
-    state = step.new_state(cfg, mesh) if checkpoints.latest is None else checkpoints.restore(abstract)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(abstract)
+    else:
+        state = step.new_state(cfg, mesh, load.initial(cfg, step.abstract_model(cfg, mesh)) if cfg.init_from else None)
     at = int(state.step)
     (folder / "config.json").write_text(options.to_json(cfg))
     log = metrics.Log(folder, at, cfg, text.bytes_per_token)
@@ -122,8 +125,9 @@ def evaluate(
         nll, count = nll + float(eval_step(state.model, batch)), count + targets
     if cfg.sample_tokens:
         prompt = [tokenizer.bos, *next(tokenizer.encode([cfg.sample_prompt]))]
-        ids = generate.sample(state.model, prompt, cfg.sample_tokens, state.key, 0.8, cfg.data.seq_len)
-        log.sample(at, tokenizer.decode(ids[1:]))
+        how = dict(sampling=generate.Sampling(temperature=0.8), seed=cfg.seed, stop=tokenizer.stop)
+        (ids,) = generate.generate(state.model, [prompt], cfg.sample_tokens, **how)
+        log.sample(at, tokenizer.decode([*prompt[1:], *ids]))
     log.evaluation(at, nll / count, heldout.bytes_per_token)
 
 

@@ -15,15 +15,16 @@ import numpy as np
 from mintrain import sharding
 from mintrain.config import Mesh
 from mintrain.layers import sparse
+from mintrain.layers.cache import Latents
 from mintrain.layers.indexer import indexer_kl, indexer_scores, top_keys
-from mintrain.layers.sparse import Keys, Queries, sparse_attention
+from mintrain.layers.sparse import Queries, sparse_attention
 
 HEADS, NOPE, ROPE, V, KV_LORA, INDEX_HEADS, INDEX_DIM, TOPK = 8, 16, 8, 16, 64, 4, 16, 128
 GATHERED = sparse.gathered
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-def inputs(seq: int) -> tuple[Queries, Keys, jax.Array]:
+def inputs(seq: int) -> tuple[Queries, Latents, jax.Array]:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     place, one = jnp.arange(seq, dtype=jnp.int32)[None], jnp.ones((1, seq), jnp.int32)
@@ -32,7 +33,7 @@ def inputs(seq: int) -> tuple[Queries, Keys, jax.Array]:
     )
     return (
         queries,
-        Keys(draw(1, seq, KV_LORA + ROPE), draw(1, seq, INDEX_DIM), place, one),
+        Latents(draw(1, seq, KV_LORA + ROPE), draw(1, seq, INDEX_DIM), place, one),
         draw(KV_LORA, HEADS, NOPE + V),
     )
 

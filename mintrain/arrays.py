@@ -19,6 +19,18 @@ class Weight(NamedTuple):
     value: Any  # an array, a jax.ShapeDtypeStruct, or whatever the leaf was replaced by
 
     @property
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """The dims that a matrix sums over and those that it makes; experts and pairs are separate matrices.
+
+        "heads head embed" writes the residual stream; the others read their first dim. None: no matrix of a layer.
+        """
+        dims = tuple(dim for dim in self.dims if dim not in ("experts", "pair"))
+        if len(dims) < 2 or "vocab" in dims:
+            return None
+        split = len(dims) - 1 if dims[-1] == "embed" else 1
+        return dims[:split], dims[split:]
+
+    @property
     def stacked(self) -> int:
         """The number of leading axes that a stage added."""
         return len(self.value.shape) - len(self.dims)
@@ -33,18 +45,19 @@ def weights(module: eqx.Module, path: str = "") -> Iterator[Weight]:
     """The weights of `module`, in the order of `jax.tree.leaves`."""
     for field in dataclasses.fields(module):
         if not field.metadata.get("static", False):
-            yield from _walk(getattr(module, field.name), field, f"{path}.{field.name}" if path else field.name)
+            name = f"{path}.{field.name}" if path else field.name
+            yield from _walk(module, getattr(module, field.name), field, name)
 
 
-def _walk(value: Any, field: dataclasses.Field, path: str) -> Iterator[Weight]:
+def _walk(owner: eqx.Module, value: Any, field: dataclasses.Field, path: str) -> Iterator[Weight]:
     if isinstance(value, eqx.Module):
         yield from weights(value, path)
     elif isinstance(value, tuple):
         for i, item in enumerate(value):
-            yield from _walk(item, field, f"{path}[{i}]")
+            yield from _walk(owner, item, field, f"{path}[{i}]")
     elif value is not None:
         annotation = next(t for t in (field.type, *get_args(field.type)) if hasattr(t, "dim_str"))
-        dims = tuple(annotation.dim_str.split())
+        dims = owner.dims if annotation.dim_str == "..." else tuple(annotation.dim_str.split())
         yield Weight(path, tuple(annotation.dtypes), dims, field.metadata.get("buffer", False), value)
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.arrays import buffer
-from mintrain.layers.attention import KV, Attention
+from mintrain.layers.attention import Attention
+from mintrain.layers.cache import KV, Latents
 from mintrain.layers.mla import MLA
 from mintrain.layers.mlp import MLP
 from mintrain.layers.moe import MoE
@@ -77,13 +78,17 @@ class Block(eqx.Module):
         segments: Int32[Array, "batch seq"],
         layer_input: Float[Array, "token width"] | None = None,
         shared: KV | None = None,
-    ) -> tuple[Float[Array, "token embed"], Aux, KV | None]:
-        """The residual stream, what the layer says beside it, and its keys and values for layers that share them."""
-        h, kl, kv = self.attention_norm(x), None, None
+        cache: KV | Latents | None = None,
+    ) -> tuple[Float[Array, "token embed"], Aux, KV | Latents]:
+        """The residual stream, what the layer says beside it, and its keys, after those in `cache`.
+
+        shared: keys and values of an earlier layer, for one that has none.
+        """
+        h, kl = self.attention_norm(x), None
         if isinstance(self.attention, MLA):
-            h, kl = self.attention(h, positions, segments)
+            h, kl, kept = self.attention(h, positions, segments, cache)
         else:
-            h, kv = self.attention(h, positions, segments, shared)
+            h, kept = self.attention(h, positions, segments, shared, cache)
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
 
         h, load, balance = self._feed_forward(x, segments)
@@ -92,7 +97,7 @@ class Block(eqx.Module):
             x = x + self.per_layer(x, layer_input)
         if self.scalar is not None:
             x = x * jax.lax.stop_gradient(self.scalar).astype(x.dtype)
-        return x, Aux(load, balance, kl), kv
+        return x, Aux(load, balance, kl), kept
 
     def _feed_forward(
         self, x: Float[Array, "token embed"], segments: Int32[Array, "batch seq"]

@@ -7,13 +7,19 @@ Orbax is slow to import (2.4 s), so it is imported when the first checkpoint is 
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from mintrain import options
 from mintrain.arrays import check
-from mintrain.config import ConfigError
-from mintrain.step import State
+from mintrain.config import Config, ConfigError, Mesh
+from mintrain.lora import merge
+from mintrain.model import LM
+from mintrain.sharding import make_mesh, validate
+from mintrain.step import State, abstract_state
 
 COMMITTED = "_CHECKPOINT_METADATA"  # orbax writes it last, then renames the folder into place
 SUMS = "checksums.json"  # written after that; a checkpoint whose process was killed in between goes without
@@ -43,16 +49,29 @@ class Checkpoints:
         """The latest state, with the shapes, dtypes and layouts of `abstract`. Raises ConfigError if it differs."""
         import orbax.checkpoint as ocp
 
+        state = self._read(ocp.args.StandardRestore(abstract))
+        check(state.model)
+        return state
+
+    def restore_model(self, abstract: LM) -> LM:
+        """The model of the latest state alone: nothing else is read. Raises ConfigError if it differs."""
+        import orbax.checkpoint as ocp
+
+        part = {"model": abstract}  # the name of State's field
+        shardings = ocp.checkpoint_utils.construct_restore_args(part)
+        model = self._read(ocp.args.PyTreeRestore(part, restore_args=shardings, partial_restore=True))["model"]
+        check(model)
+        return model
+
+    def _read(self, args: Any) -> Any:
         try:
             _verify(self.folder / str(self.latest))
-            state = self._manager().restore(self.latest, args=ocp.args.StandardRestore(abstract))
-            check(state.model)
+            return self._manager().restore(self.latest, args=args)
         except Exception as error:  # orbax raises whatever its parts raise
             reason = str(error).strip().splitlines()[0][:300]
             raise ConfigError(
                 f"{self.folder / str(self.latest)} cannot be restored: {reason}; remove it to go on from the one before"
             ) from error
-        return state
 
     def save(self, step: int, state: State) -> None:
         """Start writing. The arrays are copied off the devices before this returns, so the state may be donated."""
@@ -90,6 +109,25 @@ class Checkpoints:
                     }
                     (step / f"{SUMS}.tmp").write_text(json.dumps(sums))
                     (step / f"{SUMS}.tmp").rename(step / SUMS)
+
+
+def load_run(folder: Path, mesh: Mesh, dtype: str = "") -> tuple[Config, LM]:
+    """A run's config and the model of its latest checkpoint, without adapters: their terms are added.
+
+    dtype: in which it computes; empty: the run's. Raises ConfigError if there is no checkpoint.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; give the folder of a run, such as runs/shakespeare")
+    cfg = options.read(folder / "config.json")
+    cfg = replace(cfg, mesh=mesh, accumulate=1, per_device_batch_size=1.0, compute_dtype=dtype or cfg.compute_dtype)
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
+    if checkpoints.latest is None:
+        raise ConfigError(f"{folder} has no checkpoint; train it first")
+    devices = make_mesh(mesh)
+    abstract = abstract_state(cfg, devices).model
+    validate(mesh, abstract)
+    model = checkpoints.restore_model(abstract)
+    return cfg, merge(model) if cfg.lora.rank else model
 
 
 def _sum(file: Path) -> int:

@@ -268,11 +268,25 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the layers' matrices, trained instead of the model; `lora.py`."""
+
+    rank: int = 0  # 0: none, the model is trained
+    alpha: float = 16.0  # the term is multiplied by alpha / rank
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank={self.rank} is no rank; use 8, or 0 for none")
+
+
+@dataclass(frozen=True)
 class Config:
     model: Annotated[Model, tyro.conf.Fixed]  # changed in a config file, not by options
     mesh: Mesh = Mesh()
     data: Data = Data()
     optim: Optim = Optim()
+    lora: Lora = Lora()
+    init_from: str = ""  # a Hugging Face folder or a run, whose weights training starts from; empty: random ones
     run: str = ""  # the folder runs/NAME; empty: the config file's name
     steps: int = 1000
     per_device_batch_size: float = 1.0  # sequences per device and step; below 1, tensor and context share one
@@ -316,6 +330,10 @@ class Config:
             raise ConfigError(f"data.seq_len={self.data.seq_len} is not a multiple of mesh.context={self.mesh.context}")
         if self.indexer == "warmup" and not self.model.indexed:
             raise ConfigError("indexer=warmup trains nothing: no layer of this model has an indexer; use sparse")
+        if self.lora.rank and not self.init_from:
+            raise ConfigError(f"lora.rank={self.lora.rank} adapts random weights; give the weights with --init_from")
+        if self.lora.rank and self.indexer == "warmup":
+            raise ConfigError("lora.rank and indexer=warmup train different things; use one of them")
         if self.model.mtp and self.mtp_weight <= 0:
             raise ConfigError(f"mtp_weight={self.mtp_weight} trains nothing in model.mtp; use 0.3, or mtp=()")
         for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"):

@@ -9,13 +9,15 @@ import json
 import lzma
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from mintrain import chat
 from mintrain.config import Config, ConfigError
 from mintrain.loss import Batch
 from mintrain.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +33,8 @@ class Stream:
     ids: np.ndarray  # uint16 or uint32, memory-mapped; every document starts with `bos`
     vocab: int
     bos: int
-    bytes_per_token: float | None  # of the text; None for a .bin file, whose text is unknown
+    bytes_per_token: float | None  # of the text; None where it is unknown (.bin) or does not count as a whole (chats)
+    counts: np.ndarray | None = None  # 1 for tokens of answers: these alone are targets, and rows are not cut elsewhere
 
     def row(self, start: int, length: int) -> tuple[np.ndarray, ...]:
         """tokens, targets, positions, segments and weights of `length` tokens from `start`.
@@ -56,8 +59,18 @@ class Stream:
             targets,
             np.where(inside, place - first, 0).astype(np.int32),
             np.where(inside, 1 + np.cumsum(starts), 0).astype(np.int32),
-            inside.astype(np.float32),
+            (inside * self._counted(start, length)).astype(np.float32),
         )
+
+    def _counted(self, start: int, length: int) -> np.ndarray:
+        if self.counts is None:
+            return np.ones(length, np.uint8)
+        counted = self.counts[start + 1 : start + length + 1]
+        return np.pad(counted, (0, length - len(counted)))
+
+    def targets(self, start: int, length: int) -> int:
+        """How many targets of a row count."""
+        return int(self._counted(start, min(max(len(self.ids) - 1 - start, 0), length)).sum())
 
 
 def load_data(cfg: Config) -> tuple[Stream, Stream, Tokenizer]:
@@ -70,11 +83,11 @@ def load_data(cfg: Config) -> tuple[Stream, Stream, Tokenizer]:
         )
     if cfg.data.path == "shakespeare":
         assets = Path(str(files("mintrain") / "assets"))
-        train, heldout = (_open(assets / f"shakespeare_{part}.jsonl.xz", tokenizer) for part in ("train", "heldout"))
-    elif cfg.data.heldout_path:
-        train, heldout = (_open(Path(p), tokenizer) for p in (cfg.data.path, cfg.data.heldout_path))
+        paths = [assets / f"shakespeare_{part}.jsonl.xz" for part in ("train", "heldout")]
     else:
-        train, heldout = _split(_open(Path(cfg.data.path), tokenizer), cfg.data.heldout_fraction)
+        paths = [Path(path) for path in (cfg.data.path, cfg.data.heldout_path) if path]
+    streams = [_open(path, tokenizer, cfg.data.seq_len) for path in paths]
+    train, heldout = streams if len(streams) == 2 else _split(*streams, cfg.data.heldout_fraction, cfg.data.seq_len)
     for stream in (train, heldout):
         if len(stream.ids) < cfg.data.seq_len + 1:
             raise ConfigError(
@@ -84,8 +97,8 @@ def load_data(cfg: Config) -> tuple[Stream, Stream, Tokenizer]:
     return train, heldout, tokenizer
 
 
-def _open(path: Path, tokenizer: Tokenizer) -> Stream:
-    """Memory-map the tokens of a file, encoding it first unless that was done before."""
+def _open(path: Path, tokenizer: Tokenizer, length: int) -> Stream:
+    """Memory-map the tokens of a file, encoding it first unless that was done before. Chats are packed in memory."""
     if not path.is_file():
         raise ConfigError(f"data.path={path} is not a file; give a .txt, .jsonl or .bin file")
     kinds = [suffix for suffix in path.suffixes if suffix in (".txt", ".jsonl", ".bin")]
@@ -104,8 +117,13 @@ def _open(path: Path, tokenizer: Tokenizer) -> Stream:
                 "use the tokenizer that wrote the file"
             )
         return stream
+    if kinds[-1] == ".jsonl" and {"messages", "prompt"} & next(_records(path), (0, {}))[1].keys():
+        ids, counts, cut = chat.pack(_examples(path, tokenizer), length, tokenizer.bos)
+        if cut:
+            print(f"{path}: {cut} examples are longer than data.seq_len={length}, what is beyond is not trained on")
+        return Stream(str(path), ids, tokenizer.vocab, tokenizer.bos, None, counts)
     stat = path.stat()
-    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.fingerprint}"
+    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.fingerprint} {tokenizer.bos}"
     cached = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if not cached.with_suffix(".json").is_file():
         _encode(path, kinds[-1], tokenizer, dtype, cached)
@@ -135,20 +153,40 @@ def _encode(path: Path, kind: str, tokenizer: Tokenizer, dtype: np.dtype, target
 
 
 def _documents(path: Path, kind: str) -> Iterator[str]:
-    number = 0
+    if kind == ".txt":
+        yield "".join(_lines(path))
+        return
+    for number, record in _records(path):
+        if not isinstance(record.get("text"), str):
+            raise ConfigError(f'data.path={path} line {number} has no "text"; give one string a line')
+        yield record["text"]
+
+
+def _examples(path: Path, tokenizer: Tokenizer) -> Iterator[chat.Example]:
+    for number, record in _records(path):
+        try:
+            yield chat.example(tokenizer, record)
+        except ConfigError as error:
+            raise ConfigError(f"data.path={path} line {number} {error}") from error
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl file with their line numbers."""
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"data.path={path} line {number} is not JSON: {error}; mend or remove it") from error
+            if not isinstance(record, dict):
+                raise ConfigError(f"data.path={path} line {number} is no object; give one a line")
+            yield number, record
+
+
+def _lines(path: Path) -> Iterator[str]:
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-            if kind == ".txt":
-                yield file.read()
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                        raise ConfigError(f'data.path={path} line {number} has no "text"; give one string a line')
-                    yield record["text"]
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"data.path={path} line {number} is not JSON: {error}; mend or remove it") from error
+            yield from file
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise ConfigError(f"data.path={path} cannot be read as UTF-8 text: {error}") from error
 
@@ -164,17 +202,24 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _split(stream: Stream, fraction: float) -> tuple[Stream, Stream]:
+def _split(stream: Stream, fraction: float, length: int) -> tuple[Stream, Stream]:
     """Hold out whole documents from the end, at least `fraction` of the tokens; the end of a single document."""
     total = len(stream.ids)
+    if stream.counts is not None:
+        cut = (total - 1) // length - max(round(fraction * ((total - 1) // length)), 1)
+        if cut < 1:
+            raise ConfigError(
+                f"{stream.name} fills one row of data.seq_len={length}; give more, or a data.heldout_path"
+            )
+        part = lambda at: replace(stream, ids=stream.ids[at], counts=stream.counts[at])
+        return part(slice(cut * length + 1)), part(slice(cut * length, None))
     cut = total - round(fraction * total)
     if not 0 < cut < total:
         raise ConfigError(f"data.heldout_fraction={fraction} leaves nothing of {total} tokens on one side; use 0.05")
     starts = np.flatnonzero(stream.ids == stream.bos)
     before = starts[(starts > 0) & (starts <= cut)]
     cut = int(before[-1]) if len(before) else cut
-    part = lambda ids: Stream(stream.name, ids, stream.vocab, stream.bos, stream.bytes_per_token)
-    return part(stream.ids[:cut]), part(stream.ids[cut:])
+    return replace(stream, ids=stream.ids[:cut]), replace(stream, ids=stream.ids[cut:])
 
 
 def _mix(*numbers: int) -> int:
@@ -197,9 +242,9 @@ def permute(index: int, size: int, seed: int, epoch: int) -> int:
 def train_start(stream: Stream, index: int, length: int, seed: int) -> int:
     """Where the `index`-th row of training starts. An epoch visits every row once, cut at another offset each time."""
     tokens = len(stream.ids) - 1
-    rows = max(tokens // length - 1, 1)
+    rows = max(tokens // length - (stream.counts is None), 1)
     epoch, place = divmod(index, rows)
-    shift = _mix(seed, epoch) % (tokens - rows * length + 1)
+    shift = _mix(seed, epoch) % (tokens - rows * length + 1)  # 0 where rows are whole examples
     return permute(place, rows, seed, epoch) * length + shift
 
 
@@ -217,7 +262,7 @@ def heldout_batches(stream: Stream, abstract: Batch, limit: int) -> Iterator[tup
     targets = len(stream.ids) - 1
     for i in range(min(limit, -(-targets // (accumulate * batch * length)))):
         starts = [(i * accumulate * batch + row) * length for row in range(accumulate * batch)]
-        yield _assemble(stream, abstract, starts), sum(min(max(targets - start, 0), length) for start in starts)
+        yield _assemble(stream, abstract, starts), sum(stream.targets(start, length) for start in starts)
 
 
 def _assemble(stream: Stream, abstract: Batch, starts: list[int]) -> Batch:

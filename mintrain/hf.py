@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import einops
@@ -15,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mintrain import config, options, sharding, step
+from mintrain import config, sharding
 from mintrain.arrays import Weight, check, weights
-from mintrain.checkpoint import Checkpoints
+from mintrain.checkpoint import load_run
 from mintrain.config import ConfigError
-from mintrain.hf_config import from_model, model_config
-from mintrain.hf_files import DTYPES, INDEX, Tensor, tensors
+from mintrain.hf_config import from_model
+from mintrain.hf_files import DTYPES, INDEX, Tensor, read_headers
 from mintrain.hf_names import Source, file_shape, sizes, sources, text_names, unused
 from mintrain.model import LM
 from mintrain.tokenizer import load_tokenizer, tokenizer_path
 
 SHARD = 4 << 30  # bytes of one file that is written
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None = None) -> LM:
@@ -38,19 +38,6 @@ def load_hf(folder: str | Path, dtype: str = "float32", mesh: config.Mesh | None
     shapes, devices = jax.eval_shape(lambda: LM.init(cfg, dtype, key=jax.random.key(0))), sharding.make_mesh(mesh)
     sharding.validate(mesh, shapes)
     return read_weights(Path(folder), found, sharding.place(devices, shapes, sharding.specs(shapes)))
-
-
-def read_headers(folder: Path) -> tuple[config.Model, dict[str, Tensor]]:
-    """What `config.json` describes, with the layers of multi-token prediction that the files hold, and the tensors."""
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        cfg = model_config(json.loads((folder / "config.json").read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}; download it again") from error
-    found = tensors(folder)
-    joins = [name for name in text_names(list(found)) if name.endswith(".eh_proj.weight")]
-    return replace(cfg, mtp=cfg.layers[-1:] * len(joins)), found
 
 
 def read_weights(folder: Path, found: dict[str, Tensor], model: LM) -> LM:
@@ -71,8 +58,12 @@ def read_weights(folder: Path, found: dict[str, Tensor], model: LM) -> LM:
         raise ConfigError(f"{folder}: {len(problems)} tensors do not fit the config: {'; '.join(problems)}")
 
     def leaf(weight: Weight, source: Source) -> jax.Array:
-        part = lambda index: _shard(weight, source, files, index)
-        return jax.make_array_from_callback(weight.value.shape, weight.value.sharding, part)
+        """One device after the other, so that beside what is on devices one shard is in memory."""
+        shape, sharding = weight.value.shape, weight.value.sharding
+        parts = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            parts.append(jax.device_put(_shard(weight, source, files, index), device).block_until_ready())
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     loaded = jax.tree.unflatten(jax.tree.structure(model), [leaf(*pair) for pair in pairs])
     check(loaded)
@@ -177,24 +168,20 @@ def _fetch(value: jax.Array, at: list[slice]) -> np.ndarray:
 
 def export(run: str, out: str, dtype: str = "float32") -> None:
     """Write the latest checkpoint of a run, with its tokenizer. Raises ConfigError where `save_hf` does."""
-    folder = Path(run)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json; give the folder of a run, such as runs/shakespeare")
-    cfg = options.read(folder / "config.json")
-    cfg = replace(cfg, mesh=config.Mesh(), accumulate=1, per_device_batch_size=1.0)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
-    if checkpoints.latest is None:
-        raise ConfigError(f"{folder} has no checkpoint; train it first")
-    state = checkpoints.restore(step.abstract_state(cfg, sharding.make_mesh(cfg.mesh)))
-    save_hf(state.model, out, dtype)
-    bos = load_tokenizer(cfg.data.tokenizer).bos  # it separates documents: it also ends one
-    (Path(out) / "generation_config.json").write_text(json.dumps({"bos_token_id": bos, "eos_token_id": bos}))
+    cfg, model = load_run(Path(run), config.Mesh())
+    save_hf(model, out, dtype)
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.stop)}
+    (Path(out) / "generation_config.json").write_text(json.dumps(ids))
     if cfg.data.tokenizer != "bytes":
         path = tokenizer_path(cfg.data.tokenizer)
         shutil.copy(path, Path(out) / f"tokenizer{path.suffix}")
-        kind = {"tokenizer_class": "PreTrainedTokenizerFast"} if path.suffix == ".json" else {}
-        (Path(out) / "tokenizer_config.json").write_text(json.dumps(kind))
-    print(f"{out}: step {checkpoints.latest} of {folder} in {dtype}")
+        if path.suffix == ".json":
+            (Path(out) / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        for name in BESIDE:
+            if path.with_name(name).is_file():
+                shutil.copy(path.with_name(name), Path(out) / name)
+    print(f"{out}: {run} in {dtype}")
 
 
 def main(argv: list[str]) -> int:

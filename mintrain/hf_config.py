@@ -242,17 +242,17 @@ def from_model(model: config.Model) -> dict[str, Any]:
     mla = any(isinstance(layer.attention, config.MLA) for layer in model.layers)
     try:
         hf = _to_deepseek(model) if mla else _to_gemma(model)
-        if model_config(hf) == _plain(model):
+        if model_config(hf) == plain(model):
             return hf
     except (StopIteration, AttributeError, ConfigError, IndexError):
         pass  # some layer is not what its family's layers are
     raise ConfigError("this model has no Hugging Face form: its layers are not those of one family; see docs/models.md")
 
 
-def _plain(model: config.Model) -> config.Model:
+def plain(model: config.Model) -> config.Model:
     """Without what only training from scratch knows."""
 
-    def plain(layer: config.Layer) -> config.Layer:
+    def without(layer: config.Layer) -> config.Layer:
         attention, moe = layer.attention, layer.moe
         if isinstance(attention, config.Attention):
             attention = replace(attention, q_norm_init=1.0)
@@ -260,7 +260,7 @@ def _plain(model: config.Model) -> config.Model:
             moe = replace(moe, balance=0.0, bias_rate=None if moe.bias_rate is None else 0.001)
         return replace(layer, attention=attention, moe=moe)
 
-    return replace(model, stages=config.stages(tuple(map(plain, model.layers))), mtp=())
+    return replace(model, stages=config.stages(tuple(map(without, model.layers))), mtp=())
 
 
 def _to_gemma(model: config.Model) -> dict[str, Any]:

@@ -6,13 +6,16 @@ DeepSeek's checkpoints use, so the bytes are mapped into memory here.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from mintrain import config
 from mintrain.config import ConfigError
+from mintrain.hf_config import model_config
+from mintrain.hf_names import text_names
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -48,6 +51,19 @@ class Tensor:
         factors = self.scale.read().astype(np.float32)
         whole = np.repeat(np.repeat(factors, BLOCK, axis=0), BLOCK, axis=1)
         return values.astype(np.float32) * whole[: self.shape[0], : self.shape[1]]
+
+
+def read_headers(folder: Path) -> tuple[config.Model, dict[str, Tensor]]:
+    """What `config.json` describes, with the layers of multi-token prediction that the files hold, and the tensors."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        cfg = model_config(json.loads((folder / "config.json").read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}; download it again") from error
+    found = tensors(folder)
+    joins = [name for name in text_names(list(found)) if name.endswith(".eh_proj.weight")]
+    return replace(cfg, mtp=cfg.layers[-1:] * len(joins)), found
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

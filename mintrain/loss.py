@@ -117,7 +117,7 @@ def next_token_loss(
     indexer_only: the loss is the indexers' KL alone (their dense warm-up). Otherwise it is added to the others: no
     gradient of it reaches the rest of the model, and none of theirs the indexers.
     """
-    x, aux = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
+    x, aux, _ = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
     softcap, table = model.cfg.final_softcap, model.output_table
     target_logit, log_z = target_statistics(x, table, batch.targets.reshape(-1), softcap)
     weights = batch.weights.reshape(-1)

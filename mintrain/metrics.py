@@ -24,23 +24,16 @@ def open_run(cfg: Config) -> Path:
             data = json.loads(saved.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"{saved} is not JSON: {error}; mend it, or use another --run") from error
-        old, new = _flat(data), _flat(json.loads(options.to_json(cfg)))
-        changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
-        if model := [change for change in changed if change.startswith("model.")]:
+        changed = options.differences(data, cfg)
+        if model := [change for change in changed if change.startswith(("model.", "lora.", "indexer "))]:
             raise ConfigError(
-                f"{folder} has another model: {'; '.join(model[:3])}; use another --run or the old config"
+                f"{folder} trains something else: {'; '.join(model[:3])}; use the old config, or another --run, "
+                f"which --init_from {folder} starts from this one's weights"
             )
         if changed:
             print(f"changed since the last start: {'; '.join(changed)}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _flat(value: object, path: str = "") -> dict[str, object]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {path: value}
-    return {k: v for name, item in items for k, v in _flat(item, f"{path}.{name}" if path else str(name)).items()}
 
 
 class Log:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.block import Aux, Block
-from mintrain.layers.attention import KV
+from mintrain.layers.cache import KV, Latents
 from mintrain.layers.embedding import Embedding
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm
@@ -28,6 +28,12 @@ POLICIES = {  # what the backward pass finds saved; gathered weights never are, 
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Caches(eqx.Module):
+    """What decoding keeps of each layer, in the order of `LM.stages`; None for layers that share keys."""
+
+    stages: tuple[tuple[KV | Latents | None, ...], ...]
 
 
 class MTP(eqx.Module):
@@ -112,54 +118,60 @@ class LM(eqx.Module):
         *,
         scan: bool = True,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "token embed"], tuple[Aux, ...]]:
+        caches: Caches | None = None,
+    ) -> tuple[Float[Array, "token embed"], tuple[Aux, ...], Caches | None]:
         """Normalised hidden states, the input of the output head, and what the layers say beside them.
 
         positions: count from 0 within each document.  segments: number a row's documents from 1; 0 is padding.
         scan: one compiled body per stage; otherwise the layers are unrolled, over the same stacked parameters.
+        caches: keys of the tokens before these; they come back with these.
         """
         x = self.embed(tokens.reshape(-1))
         inputs = None if self.per_layer_inputs is None else self.per_layer_inputs(tokens.reshape(-1), x)
-        apply = lambda block, x, layer_input, kv: block(x, positions, segments, layer_input, kv)
+        apply = lambda block, x, *inputs: block(x, positions, segments, *inputs)
         kinds = {layer.attention.kind for layer in self.cfg.layers if _shares(layer)}
         shared: dict[str, KV] = {}  # keys and values by kind of layer, from the last stage that made its own
-        done, all_aux = 0, []
+        done, all_aux, all_kept = 0, [], []
 
         def body(
-            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[Block, ...], Any]
-        ) -> tuple[Float[Array, "token embed"], tuple[tuple[Aux, ...], dict[str, KV]]]:
-            made, auxs = {}, []
+            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[Block, ...], Any, Any]
+        ) -> tuple[Float[Array, "token embed"], tuple[tuple[Aux, ...], dict[str, KV], Any]]:
+            auxs, made, caches = [], {}, []
             for i, (layer, block) in enumerate(zip(stage.pattern, xs[0], strict=True)):
-                layer_input = None if xs[1] is None else xs[1][i]
+                layer_input, cache = (None if part is None else part[i] for part in xs[1:])
                 kv = shared[layer.attention.kind] if _shares(layer) else None
                 step = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=not scan)
-                x, aux, kv = step(block, x, layer_input, kv)
+                x, aux, kept = step(block, x, layer_input, kv, cache)
                 auxs.append(aux)
+                caches.append(None if cache is None else kept)
                 if kinds and not _shares(layer) and layer.attention.kind in kinds:
-                    made[layer.attention.kind] = kv
-            return x, (tuple(auxs), made)
+                    made[layer.attention.kind] = kept
+            return x, (tuple(auxs), made, tuple(caches))
 
-        for stage, blocks in zip(self.cfg.stages, self.stages, strict=True):
-            layers, xs = len(stage.pattern) * stage.repeats, (blocks, None)
+        for i, (stage, blocks) in enumerate(zip(self.cfg.stages, self.stages, strict=True)):
+            layers, layer_inputs = len(stage.pattern) * stage.repeats, None
             if inputs is not None:
-                xs = blocks, rearrange(inputs[done : done + layers], "(r p) t w -> r p t w", r=stage.repeats)
+                layer_inputs = rearrange(inputs[done : done + layers], "(r p) t w -> r p t w", r=stage.repeats)
+            xs = blocks, layer_inputs, None if caches is None else caches.stages[i]
             done += layers
             if scan:
-                x, (aux, made) = jax.lax.scan(partial(body, stage), x, xs)
+                x, (aux, made, kept) = jax.lax.scan(partial(body, stage), x, xs)
             else:
                 steps = []
                 for i in range(stage.repeats):
                     x, y = body(stage, x, jax.tree.map(lambda w, i=i: w[i], xs))
                     steps.append(y)
-                aux, made = jax.tree.map(lambda *y: jnp.stack(y), *steps)
+                aux, made, kept = jax.tree.map(lambda *y: jnp.stack(y), *steps)
             shared |= jax.tree.map(lambda y: y[-1], made)
             all_aux.extend(aux)
-        return self.norm(x), tuple(all_aux)
+            all_kept.append(kept)
+        return self.norm(x), tuple(all_aux), None if caches is None else Caches(tuple(all_kept))
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """All layers: of the stages, each with its repeats stacked, then of `mtp`."""
-        return tuple(block for stage in self.stages for block in stage) + tuple(module.block for module in self.mtp)
+        layers = [getattr(layer, "block", layer) for stage in self.stages for layer in stage]  # without adapters
+        return (*layers, *(module.block for module in self.mtp))
 
     @property
     def output_table(self) -> Float32[Array, "vocab embed"]:

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float32, Int32
 
 from mintrain.arrays import Weight, weights
-from mintrain.config import Optim
+from mintrain.config import Config, Optim
 from mintrain.model import LM
 
 
@@ -34,11 +34,16 @@ def schedule(cfg: Optim, steps: int) -> Callable[[Int32[Array, ""]], Float32[Arr
     return lr
 
 
-def optimizer(cfg: Optim, steps: int, model: LM, indexer_only: bool) -> optax.GradientTransformation:
+def trainable(cfg: Config, model: LM) -> LM:
+    """Which weights a run trains: True or False for each. The others have no gradients and no optimizer state."""
+    part = "indexer" if cfg.indexer == "warmup" else "adapters" if cfg.lora.rank else ""
+    return _per_weight(model, lambda weight: not weight.buffer and part in weight.path)
+
+
+def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW or Muon. `model` may be abstract: only its annotations are read.
 
-    Indexers are clipped apart from the rest, as nothing else joins their gradients. Buffers stay as they are, and
-    with `indexer_only` everything but the indexers does.
+    Indexers are clipped apart from the rest, as nothing else joins their gradients.
 
     Under Muon the matrices of the layers are orthogonalised and scaled so that an update has the size of
     AdamW's (Liu et al. 2025, arXiv 2502.16982): one `lr` serves both. Embeddings and norms use AdamW.
@@ -62,17 +67,13 @@ def optimizer(cfg: Optim, steps: int, model: LM, indexer_only: bool) -> optax.Gr
             muon_weight_dimension_numbers=lambda _: matrices,
         )
     indexer = _per_weight(model, lambda weight: "indexer" in weight.path)
-    trained = _per_weight(model, lambda w: not w.buffer and ("indexer" in w.path or not indexer_only))
 
     def clip(grads: LM, _: LM | None) -> LM:
         norms = {kind: group_norm(grads, indexer, kind) for kind in (True, False)}
         shrink = {kind: jnp.minimum(1.0, cfg.clip / jnp.maximum(norm, cfg.clip)) for kind, norm in norms.items()}
         return jax.tree.map(lambda g, kind: g * shrink[kind], grads, indexer)
 
-    keep = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trained)
-    )
-    return optax.chain(optax.stateless(clip), update, keep)
+    return optax.chain(optax.stateless(clip), update)
 
 
 def group_norm(grads: LM, groups: LM, group: bool) -> Float32[Array, ""]:
@@ -87,11 +88,9 @@ def _per_weight(model: LM, value: Callable[[Weight], Any]) -> LM:
 
 
 def _matrix(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes a weight sums over and which it makes. Repeats, experts and pairs are separate matrices."""
-    dims = [(i, name) for i, name in enumerate(weight.dims, -len(weight.dims)) if name not in ("experts", "pair")]
-    if len(dims) < 2 or "vocab" in weight.dims:
+    """The axes of both sides, from the end: a stage's repeats come first."""
+    if weight.sides is None:
         return None
-    axes = tuple(i for i, _ in dims)
-    # "heads head embed" writes the residual stream; the others read their first dim.
-    split = -1 if dims[-1][1] == "embed" else 1
-    return optax.contrib.MuonDimensionNumbers(axes[:split], axes[split:])
+    inward, outward = weight.sides
+    axes = lambda dims: tuple(weight.dims.index(dim) - len(weight.dims) for dim in dims)
+    return optax.contrib.MuonDimensionNumbers(axes(inward), axes(outward))

@@ -8,16 +8,20 @@ import re
 import runpy
 import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxtyping import TypeCheckError
 
-from mintrain.config import Config, ConfigError
+from mintrain.config import Config, ConfigError, Data, Optim
+from mintrain.hf_files import read_headers
+
+T = TypeVar("T")
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "shakespeare.py"
 USAGE = """train.py [CONFIG] [options]: train the model that CONFIG describes, or go on with the run of that name.
 
-CONFIG is a Python file that defines `config`, or a run's config.json; configs/shakespeare.py by default.
+CONFIG is a Python file that defines `config`, a run's config.json, or the folder of a Hugging Face checkpoint, which is
+trained on from its weights; configs/shakespeare.py by default.
 --check         trace the whole step at full size and print parameters, memory and FLOPs; needs no accelerator
 --print-config  print the config with the options applied, as JSON
 """
@@ -30,11 +34,14 @@ def load(argv: list[str]) -> tuple[Config, str]:
     action = next((actions[arg] for arg in argv if arg in actions), "train")
     argv = [arg for arg in argv if arg not in actions]
     path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
-    config = override(read(path), argv)
-    return dataclasses.replace(config, run=config.run or path.stem), action
+    config = parse(Config, argv, "train.py", USAGE, read(path))
+    name = path.resolve().name if path.is_dir() else path.stem
+    return dataclasses.replace(config, run=config.run or name), action
 
 
 def read(path: Path) -> Config:
+    if path.is_dir():
+        return released(path)
     if not path.is_file() or path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path} is not a config; give a .py file that defines `config`, or a run's config.json")
     try:
@@ -54,19 +61,28 @@ def read(path: Path) -> Config:
     return config
 
 
-def override(config: Config, argv: list[str]) -> Config:
-    """Apply `--optim.lr 1e-3` and the like, in the types of the fields."""
+def released(folder: Path) -> Config:
+    """The config that trains on from a Hugging Face folder, with its tokenizer and at a low learning rate."""
+    model, _ = read_headers(folder)
+    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not found:
+        raise ConfigError(f"{folder} has no tokenizer.json and no tokenizer.model; put one there")
+    return Config(model, data=Data(tokenizer=str(found[0]), seq_len=1024), optim=Optim(lr=1e-5), init_from=str(folder))
+
+
+def parse(kind: type[T], argv: list[str], prog: str, description: str, default: T | None = None) -> T:
+    """A dataclass from options such as `--optim.lr 1e-3`, in the types of its fields. Raises ConfigError."""
     import tyro
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                Config,
+                kind,
                 args=argv,
-                default=config,
-                prog="train.py",
-                description=USAGE,
+                default=default,
+                prog=prog,
+                description=description,
                 config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed, tyro.conf.AvoidSubcommands),
                 use_underscores=True,
             )
@@ -76,6 +92,21 @@ def override(config: Config, argv: list[str]) -> Config:
         text = re.sub(r"[╭╮╰╯│─]", " ", re.sub(r"╭.*╮", "", said.getvalue()))
         text = re.split(r"For full helptext|Argument helptext", " ".join(text.split()))[0].strip().rstrip(".")
         raise ConfigError(f"{text}; --help lists the options") from None
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What differs between two configs, or parts of them in the form of JSON: "optim.lr 0.1 -> 0.2"."""
+    before, after = _flat(old), _flat(new)
+    return [f"{k} {before.get(k)} -> {after.get(k)}" for k in sorted(before | after) if before.get(k) != after.get(k)]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        value = json.loads(json.dumps(dataclasses.asdict(value)))
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {path: value}
+    return {k: v for name, item in items for k, v in _flat(item, f"{path}.{name}" if path else str(name)).items()}
 
 
 def to_json(config: Config) -> str:

@@ -11,6 +11,7 @@ from mintrain.config import ConfigError
 from mintrain.config import Mesh as MeshConfig
 
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
+DATA_AXES = ("replica", "fsdp", "expert")
 LAYOUT = {
     "embed": "fsdp",
     "q_latent": "fsdp",  # the rows of what expands a compressed query, or key and value
@@ -20,8 +21,9 @@ LAYOUT = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "experts": "expert",
+    "batch": DATA_AXES,  # of a cache, like the next one
+    "key": "context",
 }
-DATA_AXES = ("replica", "fsdp", "expert")
 BATCH = P(None, DATA_AXES, "context")  # accumulate, batch, seq
 ALL_TOKENS = (*DATA_AXES, "context")  # the axes that different tokens are on
 
@@ -50,7 +52,7 @@ def describe(mesh: MeshConfig) -> str:
 def spec(weight: Weight) -> P:
     """The layout of one weight. Raises TypeError if two of its dims map to one axis."""
     axes = [LAYOUT.get(dim) for dim in weight.dims]
-    used = [axis for axis in axes if axis]
+    used = [name for axis in axes if axis for name in ([axis] if isinstance(axis, str) else axis)]
     if len(used) != len(set(used)):
         raise TypeError(f"{weight.path}: dims {' '.join(weight.dims)} map twice to one mesh axis")
     return P(*(None,) * weight.stacked, *axes)

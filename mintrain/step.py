@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 from mintrain.arrays import check, weights
 from mintrain.config import Config
 from mintrain.layers.router import balanced_bias
+from mintrain.lora import adapt
 from mintrain.loss import Batch, Counts, Report, local_logits, next_token_loss
 from mintrain.model import LM
-from mintrain.optim import optimizer, schedule
+from mintrain.optim import optimizer, schedule, trainable
 from mintrain.sharding import BATCH, named, place, specs, state_specs
 
 AnyMesh = Mesh | AbstractMesh
@@ -47,17 +48,25 @@ class Metrics(eqx.Module):
     indexer_kl: Float32[Array, ""] | None  # nats per token and layer
 
 
-def init_state(cfg: Config) -> State:
-    """The state of step 0. Call it under `jax.eval_shape` or `jax.jit` with `out_shardings`."""
+def init_state(cfg: Config, model: LM | None = None) -> State:
+    """The state of step 0, of `model` or of a random one. Call it under `jax.eval_shape` or `jax.jit`."""
     key, init = jax.random.split(jax.random.key(cfg.seed))
-    model = LM.init(cfg.model, cfg.compute_dtype, cfg.indexer == "warmup", key=init)
-    opt = make_optimizer(cfg, model).init(model)
+    if model is None:
+        model = LM.init(cfg.model, cfg.compute_dtype, cfg.indexer == "warmup", key=init)
+    if cfg.lora.rank:
+        model = adapt(model, cfg.lora, key=init)
+    trained, _ = eqx.partition(model, trainable(cfg, model))
+    opt = optimizer(cfg.optim, cfg.steps, trained).init(trained)
     zero = jnp.zeros((), jnp.int32)
     return State(model, opt, zero, zero, jax.random.key_data(key))
 
 
-def make_optimizer(cfg: Config, model: LM) -> optax.GradientTransformation:
-    return optimizer(cfg.optim, cfg.steps, model, indexer_only=cfg.indexer == "warmup")
+def abstract_model(cfg: Config, mesh: AnyMesh) -> LM:
+    """Shapes and layouts of the model, without adapters."""
+    shapes = jax.eval_shape(
+        lambda: LM.init(cfg.model, cfg.compute_dtype, cfg.indexer == "warmup", key=jax.random.key(0))
+    )
+    return place(mesh, shapes, specs(shapes))
 
 
 def abstract_state(cfg: Config, mesh: AnyMesh) -> State:
@@ -66,12 +75,17 @@ def abstract_state(cfg: Config, mesh: AnyMesh) -> State:
     return place(mesh, shapes, state_specs(shapes, shapes.model))
 
 
-def new_state(cfg: Config, mesh: Mesh) -> State:
-    """The state of step 0 on its devices."""
+def new_state(cfg: Config, mesh: Mesh, model: LM | None = None) -> State:
+    """The state of step 0 on its devices. `model`, if there is one, is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
     # It runs once: on a CPU, LLVM takes longer to optimise the random number generators than they run.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(partial(init_state, cfg), out_shardings=shardings, compiler_options=options)()
+    init = partial(init_state, cfg)
+    if model is None:
+        return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    # Adapters are drawn under a layout that the compiler chooses; what comes out has its own.
+    free = jax.sharding.auto_axes(init, out_sharding=shardings)
+    return jax.jit(free, out_shardings=shardings, donate_argnums=0)(model)
 
 
 def abstract_batch(cfg: Config, mesh: AnyMesh) -> Batch:
@@ -109,9 +123,13 @@ def add(
 def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The whole step as one jitted function that donates its state."""
     abstract = abstract_state(cfg, mesh)
-    loss_and_grad = jax.value_and_grad(sharded_loss(cfg, mesh, abstract.model), has_aux=True)
-    transform, learning_rate = make_optimizer(cfg, abstract.model), schedule(cfg.optim, cfg.steps)
-    layouts = specs(abstract.model)
+    which = trainable(cfg, abstract.model)
+    trained, _ = eqx.partition(abstract.model, which)
+    transform, learning_rate = optimizer(cfg.optim, cfg.steps, trained), schedule(cfg.optim, cfg.steps)
+    loss, layouts = sharded_loss(cfg, mesh, abstract.model), specs(trained)
+    loss_and_grad = jax.value_and_grad(
+        lambda trained, frozen, *rest: loss(eqx.combine(trained, frozen), *rest), has_aux=True
+    )
 
     def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState]:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
@@ -121,22 +139,24 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         check(state.model)
         counts = count(batch)
+        trained, frozen = eqx.partition(state.model, which)
 
         def microbatch(total: LM, micro: Batch) -> tuple[LM, tuple[Float32[Array, ""], Report]]:
-            (loss, report), grads = loss_and_grad(state.model, micro, counts)
+            (loss, report), grads = loss_and_grad(trained, frozen, micro, counts)
             return add(total, grads), (loss, report)
 
         zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
-        zeros = jax.tree.map(zero, state.model, named(mesh, layouts))
+        zeros = jax.tree.map(zero, trained, named(mesh, layouts))
         grads, parts = jax.lax.scan(microbatch, zeros, batch)
         loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
-        free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, state.model))))
-        model, opt = free(grads, state.opt, state.model)
-        if cfg.indexer == "sparse":
+        free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained))))
+        updated, opt = free(grads, state.opt, trained)
+        model = eqx.combine(updated, frozen)
+        if cfg.indexer == "sparse" and not cfg.lora.rank:
             model = balance_experts(model, report)
         keep = lambda new, old: jnp.where(finite, new, old)
         new = State(

@@ -65,7 +65,7 @@ DECLARED = {  # function: (the checked parameters, what it returns)
     sparse.gathered_logits: ({}, Float32),
     sparse.target: (dict(weights=Float32), Float32),
     sparse.masked: (dict(scores=Float32, mask=Bool), None),
-    sparse.gathered: (dict(compressed=Float32, scores=Float32), None),
+    sparse.gathered: (dict(scores=Float32), None),
     router.router_logits: (dict(x=Float32, weight=Float32), Float32),
     router.router_scores: (dict(logits=Float32), Float32),
     router.choose: (dict(ranks=Float32), Int32),

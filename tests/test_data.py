@@ -26,10 +26,13 @@ def stream(tokens, vocab=11, bos=0):
 def shapes(batch=2, length=5, accumulate=1, **mesh):
     tiny = options.read(options.Path(__file__).parent / "tiny_run.py")
     mesh = config.Mesh(**mesh)
-    cfg = options.override(
-        tiny,
+    cfg = options.parse(
+        config.Config,
         [f"--data.seq_len={length}", f"--per_device_batch_size={batch / mesh.devices}", f"--accumulate={accumulate}"]
         + [f"--mesh.{name}={size}" for name, size in zip(sharding.AXES, mesh.sizes, strict=True)],
+        "train.py",
+        "",
+        tiny,
     )
     return step.abstract_batch(cfg, sharding.make_mesh(mesh))
 
@@ -98,13 +101,13 @@ def test_text_jsonl_and_compressed_files_give_the_same_tokens(tmp_path):
         file.write(json.dumps({"text": text}))
     for name in ("shakespeare", "bytes"):
         tokenizer = load_tokenizer(name)
-        streams = [data._open(tmp_path / file, tokenizer) for file in ("a.txt", "b.jsonl", "c.jsonl.xz")]
+        streams = [data._open(tmp_path / file, tokenizer, 8) for file in ("a.txt", "b.jsonl", "c.jsonl.xz")]
         assert all(s.ids.tolist() == streams[0].ids.tolist() for s in streams)
         assert streams[0].ids[0] == tokenizer.bos
         assert tokenizer.decode(streams[0].ids[1:].tolist()) == text
         assert streams[0].bytes_per_token == len(text.encode()) / len(streams[0].ids)
     np.array([0, 3, 4], np.uint16).tofile(tmp_path / "d.bin")
-    assert data._open(tmp_path / "d.bin", tokenizer).ids.tolist() == [0, 3, 4]
+    assert data._open(tmp_path / "d.bin", tokenizer, 8).ids.tolist() == [0, 3, 4]
 
 
 def test_a_sentencepiece_model_works(tmp_path):
@@ -116,7 +119,7 @@ def test_a_sentencepiece_model_works(tmp_path):
         input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=18, minloglevel=2
     )
     tokenizer = load_tokenizer(str(tmp_path / "m.model"))
-    ids = data._open(text, tokenizer).ids
+    ids = data._open(text, tokenizer, 8).ids
     assert ids[0] == tokenizer.bos
     assert tokenizer.vocab == 18
     assert tokenizer.decode(ids[1:20].tolist()).startswith("the cat sat")
@@ -135,12 +138,12 @@ def test_cutting_a_long_text_into_pieces_changes_no_token(monkeypatch):
 
 
 def test_whole_documents_are_held_out_and_the_end_of_a_single_one():
-    train, heldout = data._split(stream([0, 1, 2, 3, 0, 4, 5, 0, 6, 7]), 0.2)
+    train, heldout = data._split(stream([0, 1, 2, 3, 0, 4, 5, 0, 6, 7]), 0.2, 8)
     assert (train.ids.tolist(), heldout.ids.tolist()) == ([0, 1, 2, 3, 0, 4, 5], [0, 6, 7])
-    train, heldout = data._split(stream([0, *range(1, 10)]), 0.2)
+    train, heldout = data._split(stream([0, *range(1, 10)]), 0.2, 8)
     assert heldout.ids.tolist() == [8, 9]
     with pytest.raises(ConfigError, match="heldout_fraction"):
-        data._split(stream([0, 1]), 0.0)
+        data._split(stream([0, 1]), 0.0, 8)
 
 
 def test_the_held_out_plays_are_whole_and_in_nobody_elses_text():

@@ -13,21 +13,28 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
     {"collectives", "sharding"},
     {"layers/linear"},  # how every layer gathers a weight
     {"layers/norm", "layers/rope", "layers/mlp", "layers/embedding", "layers/attend"},
+    {"layers/cache"},
     {"layers/attention", "layers/indexer", "layers/router", "layers/per_layer"},
     {"layers/sparse", "layers/moe"},
     {"layers/mla"},
     {"block"},
     {"model"},
-    {"loss"},
+    {"loss", "lora"},
     {"optim"},
     {"step"},
 )
 # All other files stand beside the path from the command line to the mathematics. They import from the rows above, and
 # from one another only this:
 BESIDE = {
-    "data": {"tokenizer"},
+    "hf_files": {"hf_config", "hf_names"},
+    "options": {"hf_files"},
     "metrics": {"options"},
-    "hf": {"hf_config", "hf_files", "hf_names", "options", "checkpoint", "tokenizer"},
+    "checkpoint": {"options"},
+    "hf": {"hf_config", "hf_files", "hf_names", "checkpoint", "tokenizer"},
+    "load": {"hf", "hf_config", "hf_files", "options", "checkpoint", "tokenizer"},
+    "chat": {"tokenizer"},
+    "data": {"chat", "tokenizer"},
+    "generate": {"chat", "load", "options"},
 }
 
 

@@ -94,7 +94,7 @@ PLACES = {
     "compiling": ("train.compile_step", lambda *args: True),
     "training": ("train.train_batch", lambda *args: args[2] == 3),
     "evaluation": ("train.heldout_batches", lambda *args: True),
-    "sampling": ("mintrain.generate.sample", lambda *args: True),
+    "sampling": ("mintrain.generate.generate", lambda *args: True),
 }
 
 

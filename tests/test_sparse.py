@@ -18,8 +18,9 @@ from mintrain import sharding
 from mintrain.config import Mesh
 from mintrain.layers import indexer, sparse
 from mintrain.layers.attend import attend
+from mintrain.layers.cache import Latents
 from mintrain.layers.mla import MLA
-from mintrain.layers.sparse import Keys, Queries, sparse_attention
+from mintrain.layers.sparse import Queries, sparse_attention
 
 # ------------------------------------------------------------------------------------------- the choice
 
@@ -96,7 +97,7 @@ def inputs(dtype: str = "float32"):
     weights = jnp.asarray(random(2, 2, SEQ, 3))
     place = jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS)
     queries = Queries(draw(0, 2, SEQ, 4, NOPE + 8), draw(1, 2, SEQ, 3, 12), weights, *place)
-    return queries, Keys(draw(3, 2, SEQ, 16 + 8), draw(4, 2, SEQ, 12), *place), draw(5, 16, 4, NOPE + 10)
+    return queries, Latents(draw(3, 2, SEQ, 16 + 8), draw(4, 2, SEQ, 12), *place), draw(5, 16, 4, NOPE + 10)
 
 
 def run(monkeypatch, form: str, topk: int | None, rows: int = SEQ, dtype: str = "float32"):
@@ -200,7 +201,7 @@ def test_queries_by_keys_by_heads_never_exist_for_the_whole_sequence(form, monke
     ones = lambda *shape: jnp.ones(shape)
     place = jnp.zeros((1, seq), jnp.int32)
     queries = Queries(ones(1, seq, heads, 10), ones(1, seq, 3, 8), ones(1, seq, 3), place, place)
-    keys = Keys(ones(1, seq, 12), ones(1, seq, 8), place, place)
+    keys = Latents(ones(1, seq, 12), ones(1, seq, 8), place, place)
     loss = lambda q, k: sum(jnp.sum(x) for x in sparse_attention(q, k, ones(8, heads, 13), 6, 1.0, topk))
     monkeypatch.setattr(sparse, "psum", lambda x, axis: x)
     grad = partial(jax.grad(loss, argnums=(0, 1), allow_int=True))
@@ -225,7 +226,7 @@ def test_the_sequence_may_be_split_over_devices(topk):
         rows = P(sharding.DATA_AXES, "context")
 
         def apply(layer, x, positions):
-            out, kl = layer(x.reshape(-1, 40), positions, positions * 0 + 1)
+            out, kl, _ = layer(x.reshape(-1, 40), positions, positions * 0 + 1)
             return out.reshape(2, -1, 40), jax.lax.psum(kl, sharding.ALL_TOKENS)
 
         in_specs = (sharding.specs(layer), rows, rows)

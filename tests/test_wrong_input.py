@@ -163,7 +163,7 @@ SPOILT = {
     empty_step: "checkpoints/11 is not a checkpoint",
     broken_checkpoint: "is missing; remove it to go on from the one before",
     flipped_byte: "has changed since it was written; remove it",
-    other_model: "has another model: model.embed 48 -> 40",
+    other_model: "trains something else: model.embed 48 -> 40",
     broken_config: "config.json is not JSON",
 }
 

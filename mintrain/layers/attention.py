@@ -11,13 +11,12 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
-from mintrain.collectives import all_gather, psum
+from mintrain.collectives import psum
 from mintrain.layers.attend import attend, visible
+from mintrain.layers.cache import KV, append, whole
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm, rms_norm
 from mintrain.layers.rope import angles, rotate
-
-KV = tuple[Float[Array, "batch kv_heads seq head"], Float[Array, "batch kv_heads seq head"]]  # rotated keys, values
 
 
 class Attention(eqx.Module):
@@ -52,26 +51,28 @@ class Attention(eqx.Module):
         positions: Int32[Array, "batch seq"],
         segments: Int32[Array, "batch seq"],
         shared: KV | None = None,
+        cache: KV | None = None,
     ) -> tuple[Float[Array, "token embed"], KV]:
-        """The output, and the keys and values it was made with: `shared`, or this layer's own."""
+        """The output, and the keys and values it was made with: `shared`, or own ones after those in `cache`."""
         c, batch = self.cfg, positions.shape[0]
         angle = angles(positions, c.rope, c.head_dim)
         w_q = gather("embed/fsdp kv_heads/tensor group head -> embed kv_heads/tensor group head", self.q, x.dtype)
         q = rearrange(jnp.einsum("td,dngh->tngh", x, w_q), "(b s) n g h -> b n g s h", b=batch)
         q = rotate(q if self.q_norm is None else self.q_norm(q), angle)
-        k, v = self._kv(x, angle) if shared is None else shared
-
-        whole = "batch kv_heads/tensor seq/context head -> batch kv_heads/tensor seq head"
-        tokens = "batch seq/context -> batch seq"
-        mask = visible(positions, all_gather(tokens, positions), segments, all_gather(tokens, segments), c.window)
-        out = attend(q, all_gather(whole, k), all_gather(whole, v), mask, c.scale, c.softcap)
+        kv = KV(*self._kv(x, angle), positions, segments) if shared is None else shared
+        kv = kv if cache is None else append(cache, kv)
+        keys = whole(kv)
+        mask = visible(positions, keys.positions, segments, keys.segments, c.window)
+        out = attend(q, keys.k, keys.v, mask, c.scale, c.softcap)
 
         out = rearrange(out, "b n g s h -> (b s) n g h")
         w_o = gather("kv_heads/tensor group head embed/fsdp -> kv_heads/tensor group head embed", self.o, x.dtype)
         out = psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
-        return out.astype(x.dtype), (k, v)
+        return out.astype(x.dtype), kv
 
-    def _kv(self, x: Float[Array, "token embed"], angle: Float32[Array, "batch seq half"]) -> KV:
+    def _kv(
+        self, x: Float[Array, "token embed"], angle: Float32[Array, "batch seq half"]
+    ) -> tuple[Float[Array, "batch kv_heads seq head"], Float[Array, "batch kv_heads seq head"]]:
         layout, form = "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head", "(b s) n h -> b n s h"
         project = lambda w: jnp.einsum("td,dnh->tnh", x, gather(layout, w, x.dtype))
         k = v = rearrange(project(self.k), form, b=angle.shape[0])

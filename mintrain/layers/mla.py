@@ -12,13 +12,14 @@ from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
-from mintrain.collectives import all_gather, psum
+from mintrain.collectives import psum
 from mintrain.layers.attend import attend, visible
+from mintrain.layers.cache import Latents, append, whole
 from mintrain.layers.indexer import Indexer
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm
 from mintrain.layers.rope import angles, halves, logit_factor, rotate, rotation_factor
-from mintrain.layers.sparse import Keys, Queries, expand, sparse_attention
+from mintrain.layers.sparse import Queries, absorb, expand, sparse_attention
 
 EPS = 1e-6  # of the norms inside, whatever the model's is (the reference implementations do not pass it on)
 
@@ -59,8 +60,12 @@ class MLA(eqx.Module):
         x: Float[Array, "token embed"],
         positions: Int32[Array, "batch seq"],
         segments: Int32[Array, "batch seq"],
-    ) -> tuple[Float[Array, "token embed"], Float32[Array, ""] | None]:
-        """The attention's output, and the indexer's KL summed over the tokens of this device."""
+        cache: Latents | None = None,
+    ) -> tuple[Float[Array, "token embed"], Float32[Array, ""] | None, Latents]:
+        """The output, the indexer's KL summed over the tokens of this device, and the keys, after those in `cache`.
+
+        With a cache the expansion of keys and values is absorbed into the queries and the output (section 2.1.2).
+        """
         c, batch = self.cfg, positions.shape[0]
         angle, factor = angles(positions, c.rope, c.rope_dim), rotation_factor(c.rope)
         turn = lambda y: rotate(halves(y), angle, factor)
@@ -72,27 +77,32 @@ class MLA(eqx.Module):
         kv = jnp.einsum("td,dc->tc", x, gather("embed/fsdp compressed -> embed compressed", self.kv_a, x.dtype))
         kv = rearrange(kv, "(b s) c -> b s c", b=batch)
         kv = jnp.concatenate([self.kv_norm(kv[..., : c.kv_lora]), turn(kv[..., c.kv_lora :])], axis=-1)
-        kv = all_gather("batch seq/context compressed -> batch seq compressed", kv)
         up = gather("kv_latent/fsdp heads/tensor nope_v -> kv_latent heads/tensor nope_v", self.kv_b, x.dtype)
 
-        tokens = "batch seq/context -> batch seq"
-        key_positions, key_segments = all_gather(tokens, positions), all_gather(tokens, segments)
-        if self.indexer is None or latent is None:
-            k, v = expand(kv, up, c.nope)
-            mask = visible(positions, key_positions, segments, key_segments, None)
-            out, kl = rearrange(attend(q[:, :, None], k, v, mask, scale, None), "b n 1 s v -> b s n v"), None
-        else:
-            index_q, index_k, index_weights = self.indexer(x, latent, positions)
-            index_k = all_gather("batch seq/context index_dim -> batch seq index_dim", index_k)
+        sparse = self.indexer is not None and latent is not None
+        index_q, index_k, index_weights = self.indexer(x, latent, positions) if sparse else (None, None, None)
+        kept = Latents(kv, index_k, positions, segments)
+        kept = kept if cache is None else append(cache, kept)
+        keys = whole(kept)
+        if sparse:
             queries = Queries(rearrange(q, "b n s h -> b s n h"), index_q, index_weights, positions, segments)
-            keys = Keys(kv, index_k, key_positions, key_segments)
             topk = None if self.warmup else self.indexer.topk
-            out, kl = sparse_attention(queries, keys, up, c.nope, scale, topk)
+            out, kl = sparse_attention(queries, keys, up, c.nope, scale, topk, absorbed=cache is not None)
             kl = jnp.sum(kl)
+        else:
+            mask, kl = visible(positions, keys.positions, segments, keys.segments, None), None
+            if cache is None:
+                k, v = expand(keys.compressed, up, c.nope)
+                out = rearrange(attend(q[:, :, None], k, v, mask, scale, None), "b n 1 s v -> b s n v")
+            else:  # one key head, which all query heads share
+                q = absorb(rearrange(q, "b n s h -> b s n h"), up, c.nope)
+                k = keys.compressed[:, None]
+                mixed = attend(rearrange(q, "b s n c -> b 1 n s c"), k, k[..., : c.kv_lora], mask, scale, None)
+                out = jnp.einsum("bgnsc,cnv->bsnv", mixed, up[..., c.nope :])
 
         w_o = gather("heads/tensor v embed/fsdp -> heads/tensor v embed", self.o, x.dtype)
         out = jnp.einsum("bsnv,nvd->bsd", out, w_o, preferred_element_type=jnp.float32)
-        return psum(rearrange(out, "b s d -> (b s) d"), "tensor").astype(x.dtype), kl
+        return psum(rearrange(out, "b s d -> (b s) d"), "tensor").astype(x.dtype), kl, kept
 
     def _queries(
         self, x: Float[Array, "token embed"]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
 
 from mintrain.collectives import psum
 from mintrain.layers.attend import attention_logits, masked_softmax, visible
+from mintrain.layers.cache import Latents
 from mintrain.layers.indexer import indexer_kl, indexer_logits, indexer_scores, top_keys, top_mask
 
 BLOCK = 1 << 24  # float32 logits of one block of queries on one device: 64 MiB
@@ -33,13 +34,6 @@ class Queries(eqx.Module):
     segments: Int32[Array, "batch seq"]
 
 
-class Keys(eqx.Module):
-    compressed: Float[Array, "batch key compressed"]
-    index_k: Float[Array, "batch key index_dim"]
-    positions: Int32[Array, "batch key"]
-    segments: Int32[Array, "batch key"]
-
-
 def expand(
     compressed: Float[Array, "batch key compressed"], up: Float[Array, "kv_lora heads nope_v"], nope: int
 ) -> tuple[Float[Array, "batch heads key head"], Float[Array, "batch heads key v"]]:
@@ -49,6 +43,14 @@ def expand(
     shape = (*both.shape[:-1], compressed.shape[-1] - rank)
     rotary = jnp.broadcast_to(compressed[:, None, :, rank:], shape)
     return jnp.concatenate([both[..., :nope], rotary], axis=-1), both[..., nope:]
+
+
+def absorb(
+    q: Float[Array, "batch query heads head"], up: Float[Array, "kv_lora heads nope_v"], nope: int
+) -> Float[Array, "batch query heads compressed"]:
+    """Queries for compressed keys: `q · (up c) = (q up) · c` (DeepSeek-V2, section 2.1.2)."""
+    absorbed = jnp.einsum("bqnh,cnh->bqnc", q[..., :nope], up[..., :nope])
+    return jnp.concatenate([absorbed, q[..., nope:]], axis=-1)
 
 
 def gathered_logits(
@@ -82,20 +84,18 @@ def masked(
 
 def gathered(
     queries: Queries,
-    compressed: Float32[Array, "batch key compressed"],
+    compressed: Float[Array, "batch key compressed"],
     up: Float[Array, "kv_lora heads nope_v"],
     scores: Float32[Array, "batch query key"],
     chosen: tuple[Int32[Array, "batch query chosen"], Bool[Array, "batch query chosen"]],
     nope: int,
     scale: float,
 ) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
-    """Attention over the chosen keys alone, and the KL. The keys come in float32, so that their gradients sum in it."""
+    """Attention over the chosen keys alone, and the KL. In training the keys are float32: their gradients sum in it."""
     index, real = chosen
     rank, dtype = up.shape[0], queries.q.dtype
     k = jax.vmap(lambda rows, at: rows[at])(compressed, index).astype(dtype)
-    absorbed = jnp.einsum("bqnh,cnh->bqnc", queries.q[..., :nope], up[..., :nope])
-    q = jnp.concatenate([absorbed, queries.q[..., nope:]], axis=-1)
-    weights = masked_softmax(gathered_logits(q, k, scale), real)
+    weights = masked_softmax(gathered_logits(absorb(queries.q, up, nope), k, scale), real)
     mixed = jnp.einsum("bgnqk,bqkc->bqnc", weights.astype(dtype), k[..., :rank])
     out = jnp.einsum("bqnc,cnv->bqnv", mixed, up[..., nope:])
     return out, indexer_kl(jnp.take_along_axis(scores, index, axis=-1), target(weights), real)
@@ -116,20 +116,23 @@ def over_blocks(function: Callable, queries: PyTree[Array], rows: int) -> PyTree
 
 def sparse_attention(
     queries: Queries,
-    keys: Keys,
+    keys: Latents,
     up: Float[Array, "kv_lora heads nope_v"],
     nope: int,
     scale: float,
     topk: int | None,
+    absorbed: bool = False,
 ) -> tuple[Float[Array, "batch seq heads v"], Float32[Array, "batch seq"]]:
     """The attention of each query over its `topk` keys, and KL(attention || indexer) over the same keys.
 
     topk: None attends to every visible key: the dense warm-up of the indexer.
+    absorbed: for decoding, take the gathered form however few keys there are. It has no gradients to sum.
     """
     dtype, length = queries.q.dtype, keys.positions.shape[1]
-    gathers = topk is not None and length >= GATHER_FROM * topk
+    topk = length if topk is None and absorbed else topk
+    gathers = absorbed or (topk is not None and length >= GATHER_FROM * topk)
     # Gradients of what all blocks use are sums over blocks: in float32, also where the values are bfloat16.
-    wide = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+    wide = partial(jax.tree.map, lambda x: x if absorbed else x.astype(jnp.float32))
     narrow = partial(jax.tree.map, lambda x: x.astype(dtype))
     shared = wide(keys.compressed if gathers else expand(keys.compressed, up, nope))
     index_k, up = wide(keys.index_k), wide(up)

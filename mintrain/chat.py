@@ -1,0 +1,125 @@
+"""Conversations to tokens: which of them a model reads, and which it learns to write.
+
+A line of a .jsonl file is {"messages": [{"role": ..., "content": ...}, ...]}, rendered with the tokenizer's own chat
+template, or {"prompt": ..., "response": ...}, taken as they are. Only answers count in the loss, with the token that
+ends them. Each piece is encoded by itself, as it will be when the model has to answer.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from mintrain.config import ConfigError
+from mintrain.tokenizer import Tokenizer
+
+Example = tuple[list[int], list[bool]]  # token ids from `bos` on, and which of them are the answers'
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A user's message up to where the answer begins. Raises ConfigError if the tokenizer has no chat template."""
+    (ids,) = tokenizer.encode([render(tokenizer, [{"role": "user", "content": text}], True)])
+    return _with_bos(tokenizer, ids)
+
+
+def example(tokenizer: Tokenizer, record: Any) -> Example:
+    """The tokens of one line. Raises ConfigError, without the file's name, for what is neither of the two forms."""
+    pieces = _messages(tokenizer, record["messages"]) if "messages" in record else _pair(record)
+    ids, counts = [tokenizer.bos], [False]
+    for (_, answer), piece in zip(pieces, tokenizer.encode([text for text, _ in pieces]), strict=True):
+        piece = piece[1:] if len(ids) == 1 and piece[:1] == [tokenizer.bos] else piece  # the template wrote one too
+        ids += piece
+        counts += [answer] * len(piece)
+    if "messages" not in record:
+        ids.append(tokenizer.stop[0])
+        counts.append(True)
+    return ids, counts
+
+
+def _pair(record: Any) -> list[tuple[str, bool]]:
+    if not (isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str)):
+        raise ConfigError('has no "messages" and not both a "prompt" and a "response"; give one of the two forms')
+    return [(record["prompt"], False), (record["response"], True)]
+
+
+def _messages(tokenizer: Tokenizer, messages: Any) -> list[tuple[str, bool]]:
+    """The rendered conversation in pieces. An answer is what its message adds to the text before it, begun for it."""
+    fits = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not fits or not any(m["role"] == "assistant" for m in messages):
+        raise ConfigError('has "messages" that are no list of roles and contents with an answer of the assistant')
+    pieces, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(tokenizer, messages[:i], True), render(tokenizer, messages[: i + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ConfigError(
+                f"does not fit the chat template: with message {i + 1} it writes the text before it in another way; "
+                "keep one answer in each line"
+            )
+        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return pieces
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], begin_answer: bool) -> str:
+    """The text of a conversation, with what stands before an answer at its end if `begin_answer`."""
+    import jinja2
+
+    if tokenizer.template is None:
+        raise ConfigError(
+            "the tokenizer has no chat template; put a chat_template.jinja beside it, or give prompts and responses"
+        )
+    try:
+        return _compile(tokenizer.template).render(
+            messages=messages, add_generation_prompt=begin_answer, **dict(tokenizer.named)
+        )
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"is refused by the chat template: {error}") from error
+
+
+@cache
+def _compile(template: str) -> Any:
+    """In the sandbox that transformers uses: a template comes with a checkpoint and may not touch anything."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    def raise_exception(message: str) -> None:
+        raise SecurityError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template)
+
+
+def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+
+
+def pack(examples: Iterable[Example], length: int, bos: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows of `length` tokens, of whole examples one after the other, filled up with `bos`, which counts for nothing.
+
+    An example goes to the first row that has room among the last 64. Returns the ids with one `bos` at their end, which
+    of them count, and the number of examples that were cut to `length`.
+    """
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    used: list[int] = []
+    cut = 0
+    for ids, counts in examples:
+        cut += len(ids) > length
+        part = np.array(ids[:length], np.uint32), np.array(counts[:length], np.uint8)
+        if not part[1].any():
+            continue
+        at = next((i for i in range(max(len(rows) - 64, 0), len(rows)) if used[i] + len(part[0]) <= length), len(rows))
+        if at == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[at].append(part)
+        used[at] += len(part[0])
+    ids, counts = np.full(len(rows) * length + 1, bos, np.uint32), np.zeros(len(rows) * length + 1, np.uint8)
+    for i, row in enumerate(rows):
+        for target, part in zip((ids, counts), zip(*row, strict=True), strict=True):
+            joined = np.concatenate(part)
+            target[i * length : i * length + len(joined)] = joined
+    return ids, counts, cut
