@@ -23,6 +23,8 @@ def load(folder: Path, mesh: Mesh, dtype: str = "") -> tuple[LM, Tokenizer]:
     if is_run(folder):
         cfg, model = load_run(folder, mesh, dtype)
         return model, load_tokenizer(cfg.data.tokenizer)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not the folder of a run or of a Hugging Face checkpoint: it has no config.json")
     tokenizer = load_tokenizer(options.released(folder).data.tokenizer)
     saved = json.loads((folder / "config.json").read_text())
     saved = saved.get("text_config", saved)

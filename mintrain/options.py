@@ -74,6 +74,7 @@ def parse(kind: type[T], argv: list[str], prog: str, description: str, default: 
     """A dataclass from options such as `--optim.lr 1e-3`, in the types of its fields. Raises ConfigError."""
     import tyro
 
+    flags = () if default is None else (tyro.conf.FlagConversionOff,)  # a config's options take True or False
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -83,7 +84,7 @@ def parse(kind: type[T], argv: list[str], prog: str, description: str, default: 
                 default=default,
                 prog=prog,
                 description=description,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed, tyro.conf.AvoidSubcommands),
+                config=(tyro.conf.SuppressFixed, tyro.conf.AvoidSubcommands, *flags),
                 use_underscores=True,
             )
     except SystemExit as stop:
