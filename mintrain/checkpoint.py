@@ -126,8 +126,7 @@ def load_run(folder: Path, mesh: Mesh, dtype: str = "") -> tuple[Config, LM]:
     devices = make_mesh(mesh)
     abstract = abstract_state(cfg, devices).model
     validate(mesh, abstract)
-    model = checkpoints.restore_model(abstract)
-    return cfg, merge(model) if cfg.lora.rank else model
+    return cfg, merge(checkpoints.restore_model(abstract))
 
 
 def _sum(file: Path) -> int:

@@ -21,6 +21,7 @@ from mintrain.config import ConfigError
 from mintrain.hf_config import from_model
 from mintrain.hf_files import DTYPES, INDEX, Tensor, read_headers
 from mintrain.hf_names import Source, file_shape, sizes, sources, text_names, unused
+from mintrain.lora import merge
 from mintrain.model import LM
 from mintrain.tokenizer import load_tokenizer, tokenizer_path
 
@@ -92,12 +93,12 @@ def _shard(weight: Weight, source: Source, files: dict[str, Tensor], index: tupl
 def save_hf(model: LM, out: str | Path, dtype: str = "float32") -> None:
     """Write `config.json` and safetensors, with an index where there are several files, for transformers.
 
-    dtype: of the weights in the files, "float32" or "bfloat16"; a router's selection bias is float32 in both.
+    Adapters are merged. dtype: of the weights in the files, "float32" or "bfloat16"; a router's selection bias is float32 in both.
     Raises ConfigError if the model has no form there, or if `out` is a folder that holds something.
     """
     from safetensors.numpy import save_file
 
-    out = Path(out)
+    out, model = Path(out), merge(model)
     written = from_model(model.cfg)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something already; give a new folder")

@@ -5,6 +5,7 @@ part of the weight, without talking to others, where the layer is used. A layer'
 """
 
 import math
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -15,7 +16,8 @@ from mintrain import config
 from mintrain.arrays import Weight, weights
 from mintrain.block import Block
 from mintrain.layers.linear import normal
-from mintrain.model import LM
+
+Model = TypeVar("Model", bound=eqx.Module)  # an LM, which imports this file
 
 
 class Factor(eqx.Module):
@@ -70,7 +72,7 @@ def product(adapter: Adapter) -> Float32[Array, "..."]:
     return jnp.tensordot(adapter.down.array, adapter.up.array, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
-def adapt(model: LM, c: config.Lora, *, key: PRNGKeyArray) -> LM:
+def adapt(model: Model, c: config.Lora, *, key: PRNGKeyArray) -> Model:
     """The model with adapters in every layer of its stages; it computes what it did before."""
 
     def layer(block: Block, key: PRNGKeyArray) -> Adapted:
@@ -82,7 +84,7 @@ def adapt(model: LM, c: config.Lora, *, key: PRNGKeyArray) -> LM:
     return eqx.tree_at(lambda m: m.stages, model, tuple(tuple(next(layers) for _ in stage) for stage in model.stages))
 
 
-def merge(model: LM) -> LM:
-    """The model without adapters that computes the same."""
-    stages = tuple(tuple(jax.vmap(lambda layer: layer.merged)(layer) for layer in stage) for stage in model.stages)
-    return eqx.tree_at(lambda m: m.stages, model, stages)
+def merge(model: Model) -> Model:
+    """The model without adapters that computes the same; itself if it has none."""
+    plain = lambda layer: jax.vmap(lambda one: one.merged)(layer) if isinstance(layer, Adapted) else layer
+    return eqx.tree_at(lambda m: m.stages, model, tuple(tuple(map(plain, stage)) for stage in model.stages))

@@ -21,6 +21,7 @@ from mintrain.layers.embedding import Embedding
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm
 from mintrain.layers.per_layer import PerLayerInputs
+from mintrain.lora import Adapted
 
 Remat = Literal["none", "dots", "full"]
 POLICIES = {  # what the backward pass finds saved; gathered weights never are, or FSDP would save no memory
@@ -71,7 +72,7 @@ class MTP(eqx.Module):
 class LM(eqx.Module):
     embedding: Embedding
     per_layer_inputs: PerLayerInputs | None
-    stages: tuple[tuple[Block, ...], ...]  # per stage, its pattern; every array has a leading axis of repeats
+    stages: tuple[tuple[Block | Adapted, ...], ...]  # per stage, its pattern; every array has a leading axis of repeats
     norm: RMSNorm
     head: Embedding | None  # None: the head is the embedding table, one leaf used twice
     mtp: tuple[MTP, ...]
@@ -134,7 +135,7 @@ class LM(eqx.Module):
         done, all_aux, all_kept = 0, [], []
 
         def body(
-            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[Block, ...], Any, Any]
+            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[Block | Adapted, ...], Any, Any]
         ) -> tuple[Float[Array, "token embed"], tuple[tuple[Aux, ...], dict[str, KV], Any]]:
             auxs, made, caches = [], {}, []
             for i, (layer, block) in enumerate(zip(stage.pattern, xs[0], strict=True)):
@@ -170,7 +171,8 @@ class LM(eqx.Module):
     @property
     def blocks(self) -> tuple[Block, ...]:
         """All layers: of the stages, each with its repeats stacked, then of `mtp`."""
-        layers = [getattr(layer, "block", layer) for stage in self.stages for layer in stage]  # without adapters
+        layers = [layer for stage in self.stages for layer in stage]
+        layers = [layer.block if isinstance(layer, Adapted) else layer for layer in layers]
         return (*layers, *(module.block for module in self.mtp))
 
     @property

@@ -18,8 +18,9 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
     {"layers/sparse", "layers/moe"},
     {"layers/mla"},
     {"block"},
+    {"lora"},
     {"model"},
-    {"loss", "lora"},
+    {"loss"},
     {"optim"},
     {"step"},
 )

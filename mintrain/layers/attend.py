@@ -6,6 +6,7 @@ head: width of a query and key.  value: of a value.  Heads stand before position
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
@@ -32,8 +33,13 @@ def attention_logits(
     scale: float,
     softcap: float | None,
 ) -> Float32[Array, "batch kv_heads group query key"]:
-    """`scale * q·k`, soft-capped. Products of bfloat16 are exact in float32, so the inputs are not cast."""
-    logits = scale * jnp.einsum("bngqh,bnkh->bngqk", q, k, preferred_element_type=jnp.float32)
+    """`scale * q·k`, soft-capped. Products of bfloat16 are exact in float32, so the inputs are not cast.
+
+    Heads of a group are rows of one product: for a single query, XLA's CPU backend takes a fifth of the time.
+    """
+    rows = rearrange(q, "b n g q h -> b n (g q) h")
+    logits = scale * jnp.einsum("bnrh,bnkh->bnrk", rows, k, preferred_element_type=jnp.float32)
+    logits = rearrange(logits, "b n (g q) k -> b n g q k", q=q.shape[3])
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
