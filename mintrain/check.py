@@ -8,12 +8,14 @@ import math
 import re
 from typing import Any
 
+import equinox as eqx
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mintrain.arrays import Weight, weights
 from mintrain.config import Config, Mesh
 from mintrain.loss import Counts
+from mintrain.optim import trainable
 from mintrain.sharding import abstract_mesh, bytes_per_device, describe, validate
 from mintrain.step import abstract_batch, abstract_state, make_train_step, sharded_loss
 
@@ -27,6 +29,7 @@ def report(cfg: Config) -> str:
     validate(cfg.mesh, state.model)
     make_train_step(cfg, mesh).trace(state, batch)
     tokens = cfg.batch_size * cfg.data.seq_len
+    trained, _ = eqx.partition(state.model, trainable(cfg, state.model))
     parameters = [w for w in weights(state.model) if not w.buffer]
     main = [w for w in parameters if not w.path.startswith("mtp")]
     count_all = lambda found: sum(w.value.size for w in found)
@@ -40,13 +43,14 @@ def report(cfg: Config) -> str:
         "active per token": round(sum(w.value.size * _used(cfg, w) for w in main)),
         "of the total, indexers": count_all(w for w in main if "indexer" in w.path),
         "multi-token prediction, beside the total": count_all(w for w in parameters if w not in main),
-        "saved, not trained": count_all(w for w in weights(state.model) if w.buffer),
+        "saved, not trained": count_all(weights(state.model)) - count_all(weights(trained)),
     }
     rows += [f"{name:42}{count:18,}" for name, count in counts.items() if count]
-    model, opt = bytes_per_device(state.model), bytes_per_device(state.opt)
+    sizes = {"parameters": state.model, "optimizer state": state.opt, "gradients": trained}
+    sizes = {name: bytes_per_device(part) / GIB for name, part in sizes.items()}
     rows += ["", "GiB per device, of " + f"{cfg.mesh.devices} devices"]
-    for name, size in (("parameters", model), ("optimizer state", opt), ("gradients", model), ("sum", 2 * model + opt)):
-        rows.append(f"  {name:40}{size / GIB:18.2f}")
+    for name, size in {**sizes, "sum": sum(sizes.values())}.items():
+        rows.append(f"  {name:40}{size:18.2f}")
     rows += ["", f"{'tokens per step':42}{tokens:18,}"]
     rows.append(f"{'training FLOPs per token (3 x forward)':42}{3 * forward_flops(cfg) / tokens:18.4g}")
     rows += ["", "every declared shape and dtype holds, and every collective's layout"]
@@ -57,7 +61,8 @@ def _modules(parameters: list[Weight]) -> dict[str, int]:
     """Parameters by module, the layers of all stages together: attention, mlp, their norms, embedding."""
     counts: dict[str, int] = {}
     for weight in parameters:
-        name = re.sub(r"stages\[\d+\]\[\d+\]\.", "layers.", weight.path).rpartition(".")[0]
+        name = re.sub(r"stages\[\d+\]\[\d+\]\.(block\.)?", "layers.", weight.path).rpartition(".")[0]
+        name = re.sub(r"adapters\[.*", "adapters", name)
         counts[name] = counts.get(name, 0) + weight.value.size
     return counts
 

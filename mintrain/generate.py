@@ -243,7 +243,7 @@ def run(cmd: Command) -> None:
 
 def main(argv: list[str]) -> int:
     try:
-        run(options.parse(Command, argv, "python -m mintrain.generate", "Continue a text, or answer a message."))
+        run(options.parse(Command, argv, None, "python -m mintrain.generate", "Continue a text, or answer a message."))
         return 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -93,7 +93,8 @@ def _shard(weight: Weight, source: Source, files: dict[str, Tensor], index: tupl
 def save_hf(model: LM, out: str | Path, dtype: str = "float32") -> None:
     """Write `config.json` and safetensors, with an index where there are several files, for transformers.
 
-    Adapters are merged. dtype: of the weights in the files, "float32" or "bfloat16"; a router's selection bias is float32 in both.
+    dtype: of the weights in the files, "float32" or "bfloat16"; a router's selection bias is float32 in both.
+    Adapters are merged.
     Raises ConfigError if the model has no form there, or if `out` is a folder that holds something.
     """
     from safetensors.numpy import save_file

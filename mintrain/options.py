@@ -34,7 +34,7 @@ def load(argv: list[str]) -> tuple[Config, str]:
     action = next((actions[arg] for arg in argv if arg in actions), "train")
     argv = [arg for arg in argv if arg not in actions]
     path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
-    config = parse(Config, argv, "train.py", USAGE, read(path))
+    config = parse(Config, argv, read(path))
     name = path.resolve().name if path.is_dir() else path.stem
     return dataclasses.replace(config, run=config.run or name), action
 
@@ -70,7 +70,9 @@ def released(folder: Path) -> Config:
     return Config(model, data=Data(tokenizer=str(found[0]), seq_len=1024), optim=Optim(lr=1e-5), init_from=str(folder))
 
 
-def parse(kind: type[T], argv: list[str], prog: str, description: str, default: T | None = None) -> T:
+def parse(
+    kind: type[T], argv: list[str], default: T | None = None, prog: str = "train.py", description: str = USAGE
+) -> T:
     """A dataclass from options such as `--optim.lr 1e-3`, in the types of its fields. Raises ConfigError."""
     import tyro
 

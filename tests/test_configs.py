@@ -71,7 +71,7 @@ LARGE = [
 @pytest.mark.parametrize("name", LARGE)
 def test_the_whole_step_of_a_released_model_traces_and_has_exactly_the_published_parameters(name):
     mesh = [f"--mesh.{axis}" for axis in MESHES.get(name, "fsdp=8").split()]
-    report, real = check.report(options.override(config_of(name), mesh)), RELEASED[name]
+    report, real = check.report(options.parse(config.Config, mesh, config_of(name))), RELEASED[name]
     lines = {"total": real["total"], "active per token": real["active"]}
     lines |= {"of the total, indexers": real["indexer"]} if real["indexer"] else {}
     for line, count in lines.items():
@@ -81,9 +81,8 @@ def test_the_whole_step_of_a_released_model_traces_and_has_exactly_the_published
 
 def test_flops_are_counted_through_scans_and_devices():
     """Six for each parameter that multiplies and each token, and attention: twice q·k and its use, three times."""
-    cfg = options.override(
-        options.read(HERE / "tiny_run.py"), ["--mesh.fsdp", "4", "--mesh.tensor", "2", "--per_device_batch_size", "1"]
-    )
+    mesh = ["--mesh.fsdp", "4", "--mesh.tensor", "2", "--per_device_batch_size", "1"]
+    cfg = options.parse(config.Config, mesh, options.read(HERE / "tiny_run.py"))
     model, tokens, seq = cfg.model, cfg.batch_size * cfg.data.seq_len, cfg.data.seq_len
     attention = model.layers[0].attention
     per_layer = model.embed * attention.head_dim * (2 * attention.heads + 2 * attention.kv_heads) + 3 * model.embed * 56

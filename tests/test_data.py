@@ -30,8 +30,6 @@ def shapes(batch=2, length=5, accumulate=1, **mesh):
         config.Config,
         [f"--data.seq_len={length}", f"--per_device_batch_size={batch / mesh.devices}", f"--accumulate={accumulate}"]
         + [f"--mesh.{name}={size}" for name, size in zip(sharding.AXES, mesh.sizes, strict=True)],
-        "train.py",
-        "",
         tiny,
     )
     return step.abstract_batch(cfg, sharding.make_mesh(mesh))
