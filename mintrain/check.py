@@ -13,6 +13,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mintrain.arrays import Weight, weights
+from mintrain.audit import audit
 from mintrain.config import Config, Mesh
 from mintrain.loss import Counts
 from mintrain.optim import trainable
@@ -27,7 +28,9 @@ def report(cfg: Config) -> str:
     mesh = abstract_mesh(cfg.mesh)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     validate(cfg.mesh, state.model)
-    make_train_step(cfg, mesh).trace(state, batch)
+    found = audit(make_train_step(cfg, mesh).trace(state, batch).jaxpr)
+    if faults := [str(finding) for finding in found if finding.faulty]:
+        raise TypeError(f"the contract is broken in {len(faults)} places: {'; '.join(faults)}")
     tokens = cfg.batch_size * cfg.data.seq_len
     trained, _ = eqx.partition(state.model, trainable(cfg, state.model))
     parameters = [w for w in weights(state.model) if not w.buffer]
@@ -53,8 +56,16 @@ def report(cfg: Config) -> str:
         rows.append(f"  {name:40}{size:18.2f}")
     rows += ["", f"{'tokens per step':42}{tokens:18,}"]
     rows.append(f"{'training FLOPs per token (3 x forward)':42}{3 * forward_flops(cfg) / tokens:18.4g}")
-    rows += ["", "every declared shape and dtype holds, and every collective's layout"]
+    rows += ["", "every declared shape and dtype holds, and every collective's layout; float32 are:"]
+    rows += sorted(
+        {f"  {_place(finding.product.where):38} -> {finding.sink} in {_place(finding.where)}" for finding in found}
+    )
     return "\n".join(rows)
+
+
+def _place(where: str) -> str:
+    """ "layers/attend.py attention_logits" of a file, a line and a function."""
+    return re.sub(r"^.*/mintrain/([^:]*)[:\d]* \((.*)\)$", r"\1 \2", where)
 
 
 def _modules(parameters: list[Weight]) -> dict[str, int]:

@@ -30,6 +30,7 @@ BESIDE = {
     "hf_files": {"hf_config", "hf_names"},
     "options": {"hf_files"},
     "metrics": {"options"},
+    "check": {"audit"},
     "checkpoint": {"options"},
     "hf": {"hf_config", "hf_files", "hf_names", "checkpoint", "tokenizer"},
     "load": {"hf", "hf_config", "hf_files", "options", "checkpoint", "tokenizer"},

@@ -1,0 +1,111 @@
+"""The contract, proved on the traced program: the dtypes of products that reach an exponential or a choice.
+
+Types are declared on functions. This walks the jaxpr of the whole step, through scans, remat, custom gradients and
+`shard_map`, and follows every product's result to where it is exponentiated or ranked. A result that is below float32
+anywhere on its way (as a product, or by a cast after it) is a fault. A further product ends the way: what goes into it
+are activations, which have the compute dtype by design.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
+HOLDS = ("jaxpr", "call_jaxpr", "body_jaxpr", "branches")  # parameters of an equation that hold what it runs
+SINKS = {"exp": "exponential", "exp2": "exponential", "top_k": "choice", "sort": "choice"}
+
+
+class Product(NamedTuple):
+    dtype: str  # of its result
+    narrowest: str  # dtype on the way so far
+    where: str  # file and line
+
+
+class Finding(NamedTuple):
+    sink: str  # what the product reaches: exponential or choice
+    product: Product
+    where: str  # file and line of the sink
+
+    @property
+    def faulty(self) -> bool:
+        return jnp.dtype(self.product.narrowest).itemsize < 4
+
+    def __str__(self) -> str:
+        way = self.product
+        kind = way.dtype if way.dtype == way.narrowest else f"{way.dtype}, {way.narrowest} on its way"
+        return f"product at {way.where} ({kind}) reaches the {self.sink} at {self.where}"
+
+
+Taint = frozenset[Product]
+NOTHING: Taint = frozenset()
+
+
+def audit(closed: ClosedJaxpr) -> list[Finding]:
+    """Everything that reaches an exponential or a choice, each pair of places once, faults first."""
+    found: set[Finding] = set()
+    _walk(closed.jaxpr, [NOTHING] * len(closed.jaxpr.invars), found)
+    return sorted(found, key=lambda finding: (not finding.faulty, *finding))
+
+
+def _walk(jaxpr: Jaxpr, inputs: list[Taint], found: set[Finding]) -> list[Taint]:
+    """What the results of `jaxpr` come from, if its inputs come from `inputs`."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda atom: NOTHING if isinstance(atom, Literal) else known.get(atom, NOTHING)
+    for eqn in jaxpr.eqns:
+        taints = [read(atom) for atom in eqn.invars]
+        name, where = eqn.primitive.name, source_info_util.summarize(eqn.source_info)
+        if name in PRODUCTS:
+            dtype = str(eqn.outvars[0].aval.dtype)
+            outputs = [frozenset([Product(dtype, dtype, where)])]
+        elif any(name in eqn.params for name in HOLDS):
+            outputs = _inside(eqn, taints, found)
+        else:
+            everything = frozenset().union(*taints)
+            if name in SINKS:
+                found |= {Finding(SINKS[name], product, where) for product in everything}
+            outputs = [everything] * len(eqn.outvars)
+        for var, taint in zip(eqn.outvars, outputs, strict=True):
+            known[var] = _narrowed(taint, getattr(var.aval, "dtype", None))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _inside(eqn, taints: list[Taint], found: set[Finding]) -> list[Taint]:
+    """Through an equation that holds programs. Loops are walked until nothing new comes back around."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        fixed, carried = params["num_consts"], params["num_carry"]
+        while True:
+            outputs = _walk(params["jaxpr"].jaxpr, taints, found)
+            joined = [a | b for a, b in zip(taints[fixed : fixed + carried], outputs[:carried], strict=True)]
+            if joined == taints[fixed : fixed + carried]:
+                return outputs
+            taints = [*taints[:fixed], *joined, *taints[fixed + carried :]]
+    if name == "while":
+        test, body = params["cond_nconsts"], params["body_nconsts"]
+        carry = taints[test + body :]
+        while True:
+            outputs = _walk(params["body_jaxpr"].jaxpr, [*taints[test : test + body], *carry], found)
+            joined = [a | b for a, b in zip(carry, outputs, strict=True)]
+            if joined == carry:
+                return joined
+            carry = joined
+    if name == "cond":
+        branches = [_walk(branch.jaxpr, taints[1:], found) for branch in params["branches"]]
+        return [frozenset().union(*parts) for parts in zip(*branches, strict=True)]
+    inner = next(params[name] for name in HOLDS if name in params)
+    inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+    if len(inner.invars) != len(taints):
+        raise NotImplementedError(f"the audit does not know how {name} passes its operands on; add it to audit.py")
+    return _walk(inner, taints, found)
+
+
+def _narrowed(taint: Taint, dtype) -> Taint:
+    """The same products after a value of this dtype. An index or a mask has the numbers of none."""
+    if dtype is None or not jnp.issubdtype(dtype, np.floating):
+        return NOTHING
+    if jnp.dtype(dtype).itemsize >= 4:
+        return taint
+    return frozenset(product._replace(narrowest=str(dtype)) for product in taint)
