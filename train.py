@@ -26,7 +26,7 @@ from functools import partial  # noqa: E402
 
 import jax  # noqa: E402
 
-from mintrain import check, generate, load, metrics, options, sharding, step  # noqa: E402
+from mintrain import check, generate, load, metrics, options, plan, sharding, step  # noqa: E402
 from mintrain.checkpoint import Checkpoints  # noqa: E402
 from mintrain.config import Config, ConfigError  # noqa: E402
 from mintrain.data import Stream, heldout_batches, load_data, train_batch  # noqa: E402
@@ -133,13 +133,17 @@ def evaluate(
 
 def main(argv: list[str]) -> int:
     try:
-        cfg, action = options.load(argv)
+        cfg, action, tpus = options.load(argv)
         if action == "print":
             print(options.to_json(cfg))
             return 0
         if action == "check":
             print(check.report(cfg))
             return 0
+        if action == "plan":
+            text, fits = plan.report(cfg, tpus)
+            print(text)
+            return 0 if fits else 1
         return train(cfg)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

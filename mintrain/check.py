@@ -102,10 +102,11 @@ def forward_flops(cfg: Config) -> int:
     )
     one = jax.ShapeDtypeStruct((), jax.numpy.float32)
     traced = jax.jit(sharded_loss(cfg, mesh, state.model)).trace(state.model, micro, jax.eval_shape(Counts, one, one))
-    return _flops(traced.jaxpr.jaxpr, 1)
+    return matmul_flops(traced.jaxpr.jaxpr, 1)
 
 
-def _flops(jaxpr: Jaxpr, times: int) -> int:
+def matmul_flops(jaxpr: Jaxpr, times: int) -> int:
+    """FLOPs of all matrix products, `times` over, as often as scans run them."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -115,11 +116,12 @@ def _flops(jaxpr: Jaxpr, times: int) -> int:
         elif eqn.primitive.name == "ragged_dot_general":
             total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        inside = [_flops(part, inner) for part in _jaxprs(eqn.params)]
+        inside = [matmul_flops(part, inner) for part in jaxprs(eqn.params)]
         total += max(inside, default=0) if eqn.primitive.name == "cond" else sum(inside)
     return total
 
 
-def _jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
+def jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
+    """The programs among the parameters of an equation."""
     leaves = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, Jaxpr | ClosedJaxpr))
     return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in leaves if isinstance(v, Jaxpr | ClosedJaxpr)]

@@ -23,20 +23,28 @@ USAGE = """train.py [CONFIG] [options]: train the model that CONFIG describes, o
 CONFIG is a Python file that defines `config`, a run's config.json, or the folder of a Hugging Face checkpoint, which is
 trained on from its weights; configs/shakespeare.py by default.
 --check         trace the whole step at full size and print parameters, memory and FLOPs; needs no accelerator
+--plan SLICE    compile the whole step for TPUs such as v6e-32, v5p-256 or v6e:4x8; needs jax[tpu] and no TPU
 --print-config  print the config with the options applied, as JSON
 """
 
 
-def load(argv: list[str]) -> tuple[Config, str]:
-    """The config and what to do with it: "train", "check" or "print". Raises ConfigError; --help exits."""
+def load(argv: list[str]) -> tuple[Config, str, str]:
+    """The config, what to do with it ("train", "check", "plan" or "print"), and for which TPUs to plan.
+
+    Raises ConfigError; --help exits.
+    """
     argv = [re.sub(r"^(--[\w.-]+=)?(true|false)$", lambda m: (m[1] or "") + m[2].title(), arg) for arg in argv]
     actions = {"--check": "check", "--print-config": "print", "--print_config": "print"}
     action = next((actions[arg] for arg in argv if arg in actions), "train")
-    argv = [arg for arg in argv if arg not in actions]
+    argv, slice_ = [arg for arg in argv if arg not in actions], ""
+    if "--plan" in argv:
+        at = argv.index("--plan")
+        action, slice_ = "plan", "".join(argv[at + 1 : at + 2])
+        del argv[at : at + 2]
     path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
     config = parse(Config, argv, read(path))
     name = path.resolve().name if path.is_dir() else path.stem
-    return dataclasses.replace(config, run=config.run or name), action
+    return dataclasses.replace(config, run=config.run or name), action, slice_
 
 
 def read(path: Path) -> Config:

@@ -31,6 +31,7 @@ BESIDE = {
     "options": {"hf_files"},
     "metrics": {"options"},
     "check": {"audit"},
+    "plan": {"audit", "check", "options"},
     "checkpoint": {"options"},
     "hf": {"hf_config", "hf_files", "hf_names", "checkpoint", "tokenizer"},
     "load": {"hf", "hf_config", "hf_files", "options", "checkpoint", "tokenizer"},

@@ -188,7 +188,7 @@ def test_print_config_prints_what_a_run_would_use_and_can_be_run(capsys, tmp_pat
     assert train.main([CONFIG, "--optim.lr", "0.5", "--print-config"]) == 0
     text = capsys.readouterr().out
     (tmp_path / "again.json").write_text(text)
-    again, _ = options.load([str(tmp_path / "again.json")])
+    again, *_ = options.load([str(tmp_path / "again.json")])
     assert again.optim.lr == 0.5
     assert again == options.load([CONFIG, "--optim.lr", "0.5"])[0]
 

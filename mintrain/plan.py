@@ -1,0 +1,226 @@
+"""`--plan TOPOLOGY`: the whole train step compiled by the TPU's own compiler, on a machine without a TPU.
+
+Memory is the compiler's. FLOPs and collectives are counted in the traced program, per device, through scans and what
+the backward pass computes again. The step time is a prediction and no measurement: the largest of the products' FLOPs,
+three times the arguments (the state is read and written, gradients are written; activations are left out) and what
+collectives receive, each divided by the chip's rate.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import Jaxpr
+from jax.sharding import AxisType
+
+from mintrain import options
+from mintrain.audit import audit
+from mintrain.check import forward_flops, jaxprs, matmul_flops
+from mintrain.config import Config, ConfigError, Mesh
+from mintrain.sharding import AXES, bytes_per_device, describe, validate
+from mintrain.step import abstract_batch, abstract_state, make_train_step
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them; a v7x chip is two. From the cloud's documentation of each generation."""
+
+    memory: float  # GiB that the compiler may use
+    flops: float  # bfloat16, a second
+    bandwidth: float  # bytes of memory a second
+    links: float  # bytes a second into a device, half of what is documented for both directions of all links
+    dims: int  # of the torus
+    devices: int = 1  # a chip
+
+
+CHIPS = {
+    "v5e": Chip(15.75, 197e12, 819e9, 100e9, 2),
+    "v5p": Chip(95.74, 459e12, 2765e9, 300e9, 3),
+    "v6e": Chip(31.25, 918e12, 1640e9, 224e9, 2),
+    "tpu7x": Chip(94.75, 1153e12, 3690e9, 300e9, 3, devices=2),
+}
+
+
+class Plan(NamedTuple):
+    run: str
+    topology: str
+    devices: int
+    mesh: str
+    fits: bool
+    memory_gib: dict[str, float]
+    available_gib: float
+    flops: dict[str, float]
+    collectives: dict[str, list[float]]  # calls and received bytes of a device in a step
+    compile_s: float
+    predicted: dict[str, float]
+    audited: int
+
+
+def parse(name: str) -> tuple[str, str]:
+    """Generation and torus of a topology: "v6e-32" and "v6e:4x8" are ("v6e", "4x8").
+
+    The cloud counts chips, and on v5p the two cores of each. Raises ConfigError for what does not exist.
+    """
+    found = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", name)
+    if not found or found[1] not in CHIPS:
+        raise ConfigError(f"--plan {name}: no such topology; use {', '.join(CHIPS)} as in v6e-32, v5p-256 or v6e:4x8")
+    kind, count, torus = found.groups()
+    if torus:
+        return kind, torus
+    chips, dims = int(count) // (2 if kind == "v5p" else 1), CHIPS[kind].dims
+    exponent = max(chips, 1).bit_length() - 1
+    if chips != 1 << exponent or (dims == 3 and chips < 4):
+        raise ConfigError(
+            f"--plan {name}: {chips} chips are no slice; use a power of two, or a torus such as {kind}:4x8"
+        )
+    sides = [1 << (exponent + i) // dims for i in range(dims)]  # 128 chips are 4 x 4 x 8
+    return kind, "x".join(map(str, sides[::-1] if sides[0] == 1 else sides))
+
+
+def devices(kind: str, torus: str) -> list[Any]:
+    """Devices to compile for. Raises ConfigError without libtpu, or for a torus that the generation does not have."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    name = f"{kind}:{torus}"
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # jax raises whatever the plugin raises
+        raise ConfigError(
+            f"--plan {name} cannot be compiled for: {str(error).splitlines()[0][:200]}; it needs a torus that exists, "
+            'and pip install "jax[tpu]"'
+        ) from error
+
+
+def make(cfg: Config, name: str) -> Plan:
+    """Compile the step of `cfg` for a topology; without a mesh of its own, fsdp over all of it."""
+    kind, torus = parse(name)
+    found, chip = devices(kind, torus), CHIPS[kind]
+    if cfg.mesh == Mesh():
+        cfg = replace(cfg, mesh=Mesh(fsdp=len(found)))
+    if cfg.mesh.devices != len(found):
+        raise ConfigError(f"--plan {name} has {len(found)} devices, mesh {describe(cfg.mesh)} has {cfg.mesh.devices}")
+    axes = (AxisType.Explicit,) * len(AXES)
+    mesh = jax.sharding.Mesh(np.array(found).reshape(cfg.mesh.sizes), AXES, axis_types=axes)
+    state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
+    validate(cfg.mesh, state.model)
+    traced = make_train_step(cfg, mesh).trace(state, batch)
+    findings = audit(traced.jaxpr)
+    if faults := [str(finding) for finding in findings if finding.faulty]:
+        raise TypeError(f"the contract is broken in {len(faults)} places: {'; '.join(faults)}")
+    start = time.perf_counter()
+    try:
+        used = traced.lower().compile().memory_analysis()
+        arguments, temporary = used.argument_size_in_bytes, used.temp_size_in_bytes
+        peak = arguments + used.output_size_in_bytes - used.alias_size_in_bytes + temporary
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(error))
+        if not sizes:
+            raise
+        arguments = bytes_per_device(state) + bytes_per_device(batch)
+        peak = float(sizes[1]) * (GIB if sizes[2] == "G" else 1 << 20)
+        temporary = peak - arguments
+    compile_s = time.perf_counter() - start
+    memory = {
+        "parameters": bytes_per_device(state.model),
+        "optimizer": bytes_per_device(state.opt),
+        "arguments": arguments,
+        "temporaries": temporary,
+        "peak": peak,
+    }
+    collectives: dict[str, list[float]] = {}
+    count_collectives(traced.jaxpr.jaxpr, dict(zip(AXES, cfg.mesh.sizes, strict=True)), 1, collectives)
+    computed = matmul_flops(traced.jaxpr.jaxpr, 1)
+    needed = 3 * forward_flops(cfg) / len(found)
+    received = sum(size for _, size in collectives.values())
+    seconds = {
+        "compute_s": computed / chip.flops,
+        "memory_s": 3 * arguments / chip.bandwidth,
+        "interconnect_s": received / chip.links,
+    }
+    step_s = max(seconds.values())
+    tokens = cfg.batch_size * cfg.data.seq_len / step_s / (len(found) / chip.devices)
+    return Plan(
+        run=cfg.run,
+        topology=f"{kind}:{torus}",
+        devices=len(found),
+        mesh=describe(cfg.mesh),
+        fits=peak <= chip.memory * GIB,
+        memory_gib={part: size / GIB for part, size in memory.items()},
+        available_gib=chip.memory,
+        flops={"computed": computed, "needed": needed},
+        collectives=collectives,
+        compile_s=compile_s,
+        predicted={**seconds, "step_s": step_s, "mfu": needed / chip.flops / step_s, "tokens_per_s_and_chip": tokens},
+        audited=len(findings),
+    )
+
+
+COLLECTIVES = {  # of the result's bytes on a device, the share that comes from others, for n devices
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: n - 1,
+    "psum": lambda n: 2 * (n - 1) / n,
+    "pmax": lambda n: 2 * (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "ragged_all_to_all": lambda n: (n - 1) / n,
+    "ppermute": lambda n: 1.0,
+}
+
+
+def count_collectives(jaxpr: Jaxpr, axes: dict[str, int], times: int, into: dict[str, list[float]]) -> None:
+    """Calls, and bytes that a device receives, of the collectives over more than one device."""
+    for eqn in jaxpr.eqns:
+        name = re.sub(r"(_invariant|_invariant_reduced|_reduced|2)$", "", eqn.primitive.name)
+        if name in COLLECTIVES:
+            over = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+            n = math.prod(axes.get(axis, 1) for axis in ([over] if isinstance(over, str) else over))
+            if n > 1:
+                size = sum(var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars)
+                entry = into.setdefault(name, [0, 0.0])
+                entry[0] += times
+                entry[1] += times * size * COLLECTIVES[name](n)
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for part in jaxprs(eqn.params):
+            count_collectives(part, axes, inner, into)
+
+
+def report(cfg: Config, name: str) -> tuple[str, bool]:
+    """What a person wants to know, and whether it fits. Also written to runs/NAME/plan-TOPOLOGY.json."""
+    plan = make(cfg, name)
+    folder = Path("runs") / cfg.run
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"plan-{plan.topology.replace(':', '-')}.json"
+    file.write_text(json.dumps({**plan._asdict(), "config": json.loads(options.to_json(cfg))}, indent=1))
+    gib, said = plan.memory_gib, plan.predicted
+    verdict = "fits" if plan.fits else f"does not fit, by {gib['peak'] - plan.available_gib:.1f} GiB a device"
+    rows = [f"{plan.run} on {plan.topology}: {plan.devices} devices, mesh {plan.mesh}: {verdict}", ""]
+    rows += [f"GiB a device, of {plan.available_gib:.2f}"] + [f"  {k:40}{v:18.2f}" for k, v in gib.items()]
+    rows += ["", "a device and step"]
+    rows += [f"  {'TFLOPs of matrix products':40}{plan.flops['computed'] / 1e12:18.2f}"]
+    rows += [f"  {'of these, not computed twice':40}{plan.flops['needed'] / 1e12:18.2f}"]
+    for kind, (calls, size) in sorted(plan.collectives.items()):
+        rows.append(f"  {kind:30}{calls:8,} calls {size / GIB:14.2f} GiB received")
+    rows += [
+        "",
+        f"compiled in {plan.compile_s:.0f} s; all {plan.audited} paths to an exponential or a choice are float32",
+    ]
+    rows += ["", "predicted, not measured: the slowest of"]
+    rows += [
+        f"  {k.removesuffix('_s'):40}{said[k] * 1e3:15.1f} ms" for k in ("compute_s", "memory_s", "interconnect_s")
+    ]
+    rows += [
+        f"  {'MFU':40}{said['mfu']:18.1%}",
+        f"  {'tokens a second and chip':40}{said['tokens_per_s_and_chip']:18,.0f}",
+    ]
+    return "\n".join([*rows, "", str(file)]), plan.fits

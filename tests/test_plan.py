@@ -1,0 +1,76 @@
+"""Plans: the names of slices, what is counted in the traced program, and the real TPU compiler where there is one."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+from mintrain import plan, step
+from mintrain.config import ConfigError, Mesh
+from mintrain.sharding import AXES, abstract_mesh
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "name, kind, torus",
+    [
+        *[("v6e-1", "v6e", "1x1"), ("v6e-8", "v6e", "2x4"), ("v6e-32", "v6e", "4x8"), ("v5e-256", "v5e", "16x16")],
+        *[("v5p-8", "v5p", "2x2x1"), ("v5p-256", "v5p", "4x4x8"), ("tpu7x-128", "tpu7x", "4x4x8")],  # v5p counts cores
+        ("v6e:2x4", "v6e", "2x4"),
+    ],
+)
+def test_a_slice_by_the_clouds_name_is_its_torus(name, kind, torus):
+    assert plan.parse(name) == (kind, torus)
+
+
+@pytest.mark.parametrize("name", ["", "v9-8", "v6e", "v6e-12", "v5p-4", "v6e:4", "v6e-0"])
+def test_a_slice_that_does_not_exist_is_one_line(name):
+    with pytest.raises(ConfigError, match="--plan"):
+        plan.parse(name)
+
+
+def test_collectives_are_counted_through_scans_with_what_a_device_receives():
+    """Of the tiny model's weights over fsdp 4, each matrix is gathered in both passes."""
+    cfg = dataclasses.replace(tiny.CONFIG, mesh=Mesh(fsdp=4), per_device_batch_size=2, remat="full")
+    mesh = abstract_mesh(cfg.mesh)
+    state, batch = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
+    jaxpr = step.make_train_step(cfg, mesh).trace(state, batch).jaxpr
+    found: dict[str, list[float]] = {}
+    plan.count_collectives(jaxpr.jaxpr, dict(zip(AXES, cfg.mesh.sizes, strict=True)), 1, found)
+    blocks = [leaf for leaf in jax.tree.leaves(state.model.stages) if leaf.ndim > 2]  # matrices of all repeats
+    layers = sum(4 * leaf.size for leaf in blocks)
+    assert found["all_gather"][1] >= 2 * layers * 3 / 4  # of four parts, three come from others
+    assert found["reduce_scatter"][1] >= layers / 4 * 3
+    assert found["all_gather"][0] >= 2 * sum(leaf.shape[0] for leaf in blocks)
+
+
+@pytest.mark.plan
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, options", [("tiny_gemma4", []), ("tiny_deepseek", ["--mesh.expert", "2", "--mesh.fsdp", "2"])]
+)
+def test_the_tpu_compiler_compiles_the_whole_step(name, options, tmp_path):
+    pytest.importorskip("libtpu")
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        str(ROOT / "configs" / f"{name}.py"),
+        "--plan",
+        "v6e-4",
+        *options,
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4 devices, mesh" in done.stdout and ": fits" in done.stdout
+    saved = json.loads((tmp_path / "runs" / name / "plan-v6e-2x2.json").read_text())
+    assert 0 < saved["memory_gib"]["arguments"] < saved["memory_gib"]["peak"] < 1
+    assert saved["collectives"]["all_gather"][1] > 0 and 0 < saved["predicted"]["mfu"] < 1
+    assert ("ragged_all_to_all" in saved["collectives"]) == (name == "tiny_deepseek")
