@@ -100,7 +100,7 @@ def new_caches(mesh: DeviceMesh, c: Model, dtype: str, batch: int, length: int, 
 
 @cache
 def make_advance(mesh: DeviceMesh, layouts: LM, cache_layouts: Caches, sampling: Sampling) -> Callable[..., tuple]:
-    """`advance(model, caches, tokens, positions, segments, key)`: the tokens that follow, their logits, the caches."""
+    """`advance(model, caches, (tokens, positions, segments), key)`: the next tokens, their logits, the caches."""
     tokens = P(*BATCH[1:])
 
     def forward(
