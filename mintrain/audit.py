@@ -50,6 +50,14 @@ def audit(closed: ClosedJaxpr) -> list[Finding]:
     return sorted(found, key=lambda finding: (not finding.faulty, *finding))
 
 
+def proved(closed: ClosedJaxpr) -> list[Finding]:
+    """The same, where none is a fault. Raises TypeError that names every one otherwise."""
+    findings = audit(closed)
+    if faults := [str(finding) for finding in findings if finding.faulty]:
+        raise TypeError(f"the contract is broken in {len(faults)} places: {'; '.join(faults)}")
+    return findings
+
+
 def _walk(jaxpr: Jaxpr, inputs: list[Taint], found: set[Finding]) -> list[Taint]:
     """What the results of `jaxpr` come from, if its inputs come from `inputs`."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))

@@ -11,7 +11,7 @@ from mintrain.config import Config, ConfigError, Mesh
 from mintrain.hf import load_hf, read_weights
 from mintrain.hf_files import read_headers
 from mintrain.model import LM
-from mintrain.tokenizer import Tokenizer, load_tokenizer
+from mintrain.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 
 
 def is_run(folder: Path) -> bool:
@@ -25,7 +25,7 @@ def load(folder: Path, mesh: Mesh, dtype: str = "") -> tuple[LM, Tokenizer]:
         return model, load_tokenizer(cfg.data.tokenizer)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not the folder of a run or of a Hugging Face checkpoint: it has no config.json")
-    tokenizer = load_tokenizer(options.released(folder).data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_of(folder))
     saved = json.loads((folder / "config.json").read_text())
     saved = saved.get("text_config", saved)
     said = saved.get("dtype", saved.get("torch_dtype"))

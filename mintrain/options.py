@@ -14,6 +14,7 @@ from jaxtyping import TypeCheckError
 
 from mintrain.config import Config, ConfigError, Data, Optim
 from mintrain.hf_files import read_headers
+from mintrain.tokenizer import tokenizer_of
 
 T = TypeVar("T")
 
@@ -72,10 +73,9 @@ def read(path: Path) -> Config:
 def released(folder: Path) -> Config:
     """The config that trains on from a Hugging Face folder, with its tokenizer and at a low learning rate."""
     model, _ = read_headers(folder)
-    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-    if not found:
-        raise ConfigError(f"{folder} has no tokenizer.json and no tokenizer.model; put one there")
-    return Config(model, data=Data(tokenizer=str(found[0]), seq_len=1024), optim=Optim(lr=1e-5), init_from=str(folder))
+    return Config(
+        model, data=Data(tokenizer=tokenizer_of(folder), seq_len=1024), optim=Optim(lr=1e-5), init_from=str(folder)
+    )
 
 
 def parse(

@@ -44,6 +44,14 @@ def tokenizer_path(name: str) -> Path:
     return Path(str(files("mintrain") / "assets" / "tokenizer.json")) if name == "shakespeare" else Path(name)
 
 
+def tokenizer_of(folder: Path) -> str:
+    """The name of the tokenizer in a Hugging Face folder. Raises ConfigError if it has none."""
+    found = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not found:
+        raise ConfigError(f"{folder} has no tokenizer.json and no tokenizer.model; put one there")
+    return str(found[0])
+
+
 def _tokenizers(path: Path, fingerprint: str) -> Tokenizer:
     import tokenizers
 

@@ -28,7 +28,7 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
 # from one another only this:
 BESIDE = {
     "hf_files": {"hf_config", "hf_names"},
-    "options": {"hf_files"},
+    "options": {"hf_files", "tokenizer"},
     "metrics": {"options"},
     "check": {"audit"},
     "plan": {"audit", "check", "options"},
