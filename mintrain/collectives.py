@@ -55,6 +55,16 @@ def all_to_all(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return jax.lax.all_to_all(x, lost[0][1], gained[0][0], lost[0][0], tiled=True)
 
 
+def vary_like(w: Float[Array, "..."], x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """`w`, the same on all devices, as a value of each device that `x` differs on.
+
+    Its gradient is then summed over the device's tokens first and over devices after. Where JAX inserts this by
+    itself, after a broadcast, the gradients of all tokens are sent.
+    """
+    missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(w).manual_axis_type.varying
+    return jax.lax.pcast(w, tuple(sorted(missing)), to="varying") if missing else w
+
+
 def psum(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:
     """Sum over mesh axes. Raises TypeError if `x` is the same on all devices of an axis: it would be multiplied."""
     _require_varying(f"psum over {' '.join(axes)}", x, set(axes))

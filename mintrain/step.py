@@ -141,14 +141,17 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         counts = count(batch)
         trained, frozen = eqx.partition(state.model, which)
 
-        def microbatch(total: LM, micro: Batch) -> tuple[LM, tuple[Float32[Array, ""], Report]]:
-            (loss, report), grads = loss_and_grad(trained, frozen, micro, counts)
-            return add(total, grads), (loss, report)
+        def microbatch(total: LM | None, micro: Batch) -> tuple[LM, tuple[Float32[Array, ""], Report]]:
+            parts, grads = loss_and_grad(trained, frozen, micro, counts)
+            return grads if total is None else add(total, grads), parts
 
-        zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
-        zeros = jax.tree.map(zero, trained, named(mesh, layouts))
-        grads, parts = jax.lax.scan(microbatch, zeros, batch)
-        loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        if cfg.accumulate == 1:  # without a second copy of the gradients to add to
+            grads, (loss, report) = microbatch(None, jax.tree.map(lambda x: x[0], batch))
+        else:
+            zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
+            zeros = jax.tree.map(zero, trained, named(mesh, layouts))
+            grads, parts = jax.lax.scan(microbatch, zeros, batch)
+            loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from mintrain.collectives import vary_like
+
 
 def inverse_rms(x: Float32[Array, "*rest dim"], eps: float) -> Float32[Array, "*rest 1"]:
     return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
@@ -33,7 +35,7 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*rest dim"]) -> Float[Array, "*rest dim"]:
         x32 = x.astype(jnp.float32)
-        scale = jnp.broadcast_to(self.offset + self.scale, x.shape)
+        scale = jnp.broadcast_to(self.offset + vary_like(self.scale, x), x.shape)
         return (x32 * inverse_rms(x32, self.eps) * scale).astype(x.dtype)
 
 
@@ -51,5 +53,5 @@ class LayerNorm(eqx.Module):
     def __call__(self, x: Float[Array, "*rest dim"]) -> Float[Array, "*rest dim"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        scale, bias = (jnp.broadcast_to(w, x.shape) for w in (self.scale, self.bias))
+        scale, bias = (jnp.broadcast_to(vary_like(w, x), x.shape) for w in (self.scale, self.bias))
         return (x32 * inverse_rms(x32, self.eps) * scale + bias).astype(x.dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.arrays import buffer
-from mintrain.collectives import psum
+from mintrain.collectives import psum, vary_like
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import inverse_rms
 
@@ -115,9 +115,11 @@ class Router(eqx.Module):
         """The chosen experts of each token, their weights, and the scores of all."""
         x = x.astype(jnp.float32)
         if self.scale is not None:
-            x = x * inverse_rms(x, self.eps) * (self.scale * x.shape[-1] ** -0.5)[None]
+            x = x * inverse_rms(x, self.eps) * (vary_like(self.scale, x) * x.shape[-1] ** -0.5)[None]
         weight = gather("embed/fsdp routes -> embed routes", self.weight, x.dtype)
         scores = router_scores(router_logits(x, weight), self.cfg.score)
         index = choose(scores if self.bias is None else scores + self.bias[None], self.cfg)
         weights = combine_weights(scores, index, self.cfg)
-        return index, weights if self.expert_scale is None else weights * self.expert_scale[index], scores
+        if self.expert_scale is not None:
+            weights = weights * vary_like(self.expert_scale, x)[index]
+        return index, weights, scores
