@@ -2,12 +2,18 @@
 
 batch: sequences.  query, key: positions on either side.  kv_heads, group: the query heads that share a key head.
 head: width of a query and key.  value: of a value.  Heads stand before positions, as the matrix products want them.
+The logits of all queries never exist: a block's are made, used, and made again in the backward pass.
 """
 
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
+
+BLOCK = 1 << 24  # float32 logits of one block of queries on one device: 64 MiB
 
 
 def visible(
@@ -64,3 +70,70 @@ def attend(
 ) -> Float[Array, "batch kv_heads group query value"]:
     weights = masked_softmax(attention_logits(q, k, scale, softcap), mask)
     return jnp.einsum("bngqk,bnkv->bngqv", weights.astype(v.dtype), v)
+
+
+def over_blocks(function: Callable, queries: PyTree[Array], rows: int) -> PyTree[Array]:
+    """`function` of `rows` queries at a time: arrays go in and come out as "batch seq ...".
+
+    The backward pass makes a block's logits again. Padding at the end has segment 0: it sees nothing.
+    """
+    seq = jax.tree.leaves(queries)[0].shape[1]
+    blocks = -(-seq // rows)
+    if blocks == 1:
+        return function(queries)
+    size = -(-seq // blocks)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - seq)) + ((0, 0),) * (x.ndim - 2))
+    split = lambda x: rearrange(pad(x), "b (n s) ... -> n b s ...", n=blocks)
+    join = lambda x: rearrange(x, "n b s ... -> b (n s) ...")[:, :seq]
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(function), jax.tree.map(split, queries)))
+
+
+class Places(eqx.Module):
+    """Where tokens stand in their documents, and in which."""
+
+    positions: Int32[Array, "batch place"]
+    segments: Int32[Array, "batch place"]
+
+
+def attend_places(
+    q: Float[Array, "batch query kv_heads group head"],
+    k: Float[Array, "batch kv_heads key head"],
+    v: Float[Array, "batch kv_heads key value"],
+    queries: Places,
+    keys: Places,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    first: Int32[Array, ""] | int | None = None,
+) -> Float[Array, "batch query kv_heads group value"]:
+    """Attention of each query over the keys that it sees, a block of queries at a time.
+
+    first: the place of the first query among the keys. With it and a window, a block's keys are those in its reach
+    and not all. None where keys do not stand in their order, as in a cache.
+    """
+    batch, seq, n, g, _ = q.shape
+    length = k.shape[2]
+    near = window is not None and first is not None
+    reach = min(length, 2 * window) if near else length
+    rows = max(BLOCK // (batch * n * g * reach), 1)
+    rows = 1 << (rows.bit_length() - 1)
+    near = near and rows + window - 1 < length and rows < seq
+    # Gradients of keys and values are sums over blocks: in float32.
+    dtype, k, v = q.dtype, *((x.astype(jnp.float32) for x in (k, v)) if rows < seq else (k, v))
+
+    def block(part: tuple[Array, Places, Array]) -> Float[Array, "batch row kv_heads group value"]:
+        q, queries, place = part
+        reached = (k, v, keys.positions, keys.segments)
+        if near:
+            span = q.shape[1] + window - 1
+            start = jnp.clip(place[0, 0] - (window - 1), 0, length - span)
+            cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, span, axis)
+            reached = (cut(k, 2), cut(v, 2), cut(keys.positions, 1), cut(keys.segments, 1))
+        nearby_k, nearby_v, positions, segments = reached
+        mask = visible(queries.positions, positions, queries.segments, segments, window)
+        q = rearrange(q, "b q n g h -> b n g q h")
+        out = attend(q, nearby_k.astype(dtype), nearby_v.astype(dtype), mask, scale, softcap)
+        return rearrange(out, "b n g q v -> b q n g v")
+
+    place = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq)) + (0 if first is None else first)
+    return over_blocks(block, (q, queries, place), rows)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.collectives import psum
-from mintrain.layers.attend import attend, visible
+from mintrain.layers.attend import Places, attend_places
 from mintrain.layers.cache import KV, append, whole
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import RMSNorm, rms_norm
@@ -62,10 +62,14 @@ class Attention(eqx.Module):
         kv = KV(*self._kv(x, angle), positions, segments) if shared is None else shared
         kv = kv if cache is None else append(cache, kv)
         keys = whole(kv)
-        mask = visible(positions, keys.positions, segments, keys.segments, c.window)
-        out = attend(q, keys.k, keys.v, mask, c.scale, c.softcap)
+        # Where keys are this chunk's own they stand in its order, and a window reaches a slice of them.
+        own = shared is None and cache is None
+        first = positions.shape[1] * jax.lax.axis_index("context") if own else None
+        at = Places(positions, segments), Places(keys.positions, keys.segments)
+        q = rearrange(q, "b n g s h -> b s n g h")
+        out = attend_places(q, keys.k, keys.v, *at, c.scale, c.softcap, c.window, first)
 
-        out = rearrange(out, "b n g s h -> (b s) n g h")
+        out = rearrange(out, "b s n g h -> (b s) n g h")
         w_o = gather("kv_heads/tensor group head embed/fsdp -> kv_heads/tensor group head embed", self.o, x.dtype)
         out = psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
         return out.astype(x.dtype), kv

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.collectives import psum
-from mintrain.layers.attend import attend, visible
+from mintrain.layers.attend import Places, attend_places
 from mintrain.layers.cache import Latents, append, whole
 from mintrain.layers.indexer import Indexer
 from mintrain.layers.linear import gather, normal
@@ -90,15 +90,15 @@ class MLA(eqx.Module):
             out, kl = sparse_attention(queries, keys, up, c.nope, scale, topk, absorbed=cache is not None)
             kl = jnp.sum(kl)
         else:
-            mask, kl = visible(positions, keys.positions, segments, keys.segments, None), None
+            at, kl = (Places(positions, segments), Places(keys.positions, keys.segments)), None
+            q = rearrange(q, "b n s h -> b s n h")
             if cache is None:
                 k, v = expand(keys.compressed, up, c.nope)
-                out = rearrange(attend(q[:, :, None], k, v, mask, scale, None), "b n 1 s v -> b s n v")
+                out = attend_places(q[:, :, :, None], k, v, *at, scale)[:, :, :, 0]
             else:  # one key head, which all query heads share
-                q = absorb(rearrange(q, "b n s h -> b s n h"), up, c.nope)
                 k = keys.compressed[:, None]
-                mixed = attend(rearrange(q, "b s n c -> b 1 n s c"), k, k[..., : c.kv_lora], mask, scale, None)
-                out = jnp.einsum("bgnsc,cnv->bsnv", mixed, up[..., c.nope :])
+                mixed = attend_places(absorb(q, up, c.nope)[:, :, None], k, k[..., : c.kv_lora], *at, scale)[:, :, 0]
+                out = jnp.einsum("bsnc,cnv->bsnv", mixed, up[..., c.nope :])
 
         w_o = gather("heads/tensor v embed/fsdp -> heads/tensor v embed", self.o, x.dtype)
         out = jnp.einsum("bsnv,nvd->bsd", out, w_o, preferred_element_type=jnp.float32)

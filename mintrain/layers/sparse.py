@@ -8,21 +8,19 @@ grows with seq x seq. `gathered` fetches the chosen keys as they are compressed 
 queries (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): seq x topk. The scores of the indexer need seq x seq in both.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from mintrain.collectives import psum
-from mintrain.layers.attend import attention_logits, masked_softmax, visible
+from mintrain.layers.attend import BLOCK, attention_logits, masked_softmax, over_blocks, visible
 from mintrain.layers.cache import Latents
 from mintrain.layers.indexer import indexer_kl, indexer_logits, indexer_scores, top_keys, top_mask
 
-BLOCK = 1 << 24  # float32 logits of one block of queries on one device: 64 MiB
 GATHER_FROM = 4  # keys for each chosen one from which the gathered form is used; docs/sparse.md has the measurement
 
 
@@ -99,19 +97,6 @@ def gathered(
     mixed = jnp.einsum("bgnqk,bqkc->bqnc", weights.astype(dtype), k[..., :rank])
     out = jnp.einsum("bqnc,cnv->bqnv", mixed, up[..., nope:])
     return out, indexer_kl(jnp.take_along_axis(scores, index, axis=-1), target(weights), real)
-
-
-def over_blocks(function: Callable, queries: PyTree[Array], rows: int) -> PyTree[Array]:
-    """`function` of `rows` queries at a time: arrays go in and come out as "batch seq ..."."""
-    seq = jax.tree.leaves(queries)[0].shape[1]
-    blocks = -(-seq // rows)
-    if blocks == 1:
-        return function(queries)
-    size = -(-seq // blocks)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * size - seq)) + ((0, 0),) * (x.ndim - 2))  # segment 0: sees nothing
-    split = lambda x: rearrange(pad(x), "b (n s) ... -> n b s ...", n=blocks)
-    join = lambda x: rearrange(x, "n b s ... -> b (n s) ...")[:, :seq]
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(function), jax.tree.map(split, queries)))
 
 
 def sparse_attention(
