@@ -259,6 +259,7 @@ class Optim:
     b1: float = 0.9
     b2: float = 0.95  # also Muon's momentum
     eps: float = 1e-8
+    moments: Literal["float32", "bfloat16"] = "float32"  # as kept between steps; updates are computed in float32
     weight_decay: float = 0.1  # matrices only
     clip: float = 1.0  # largest global gradient norm, of the model and of its indexers
 

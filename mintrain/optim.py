@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, BFloat16, Float32, Int32, PyTree
 
 from mintrain.arrays import Weight, weights
 from mintrain.config import Config, Optim
@@ -73,7 +74,30 @@ def optimizer(cfg: Optim, steps: int, model: LM) -> optax.GradientTransformation
         shrink = {kind: jnp.minimum(1.0, cfg.clip / jnp.maximum(norm, cfg.clip)) for kind, norm in norms.items()}
         return jax.tree.map(lambda g, kind: g * shrink[kind], grads, indexer)
 
-    return optax.chain(optax.stateless(clip), update)
+    whole = optax.chain(optax.stateless(clip), update)
+    return rounded(whole) if cfg.moments == "bfloat16" else whole
+
+
+class Rounded(eqx.Module):
+    """An optimizer's state with moments in bfloat16, as DeepSeek-V3 keeps them (arXiv 2412.19437, section 3.3.2)."""
+
+    state: PyTree[BFloat16[Array, "..."] | Int32[Array, "..."]]
+
+
+def rounded(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Half the memory between steps. An update is computed in float32, and its moments rounded after it."""
+
+    def cast(tree: PyTree, old: str, new: str) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(new) if x.dtype == old else x, tree)
+
+    def init(model: LM) -> Rounded:
+        return Rounded(cast(transform.init(model), "float32", "bfloat16"))
+
+    def update(grads: LM, opt: Rounded, model: LM) -> tuple[LM, Rounded]:
+        updates, state = transform.update(grads, cast(opt.state, "bfloat16", "float32"), model)
+        return updates, Rounded(cast(state, "float32", "bfloat16"))
+
+    return optax.GradientTransformation(init, update)
 
 
 def group_norm(grads: LM, groups: LM, group: bool) -> Float32[Array, ""]:

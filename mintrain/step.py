@@ -18,11 +18,11 @@ from mintrain.layers.router import balanced_bias
 from mintrain.lora import adapt
 from mintrain.loss import Batch, Counts, Report, local_logits, next_token_loss
 from mintrain.model import LM
-from mintrain.optim import optimizer, schedule, trainable
+from mintrain.optim import Rounded, optimizer, schedule, trainable
 from mintrain.sharding import BATCH, named, place, specs, state_specs
 
 AnyMesh = Mesh | AbstractMesh
-OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]]  # optax's: moments and counts
+OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]] | Rounded  # optax's: moments and counts
 EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
 
 

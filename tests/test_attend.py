@@ -1,4 +1,4 @@
-"""Attention a block of queries at a time against the plain form: the same numbers and gradients, whatever the blocks."""
+"""Attention a block of queries at a time against the plain form: the same values and gradients, whatever the blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -87,6 +87,8 @@ def describe(change: dict) -> str:
         dict(mesh=Mesh(replica=2, fsdp=2, tensor=2), per_device_batch_size=1, remat="none"),
         dict(mesh=Mesh(context=2, expert=2, fsdp=2), per_device_batch_size=1, remat="dots"),
         dict(mesh=Mesh(fsdp=2, context=2, tensor=2), per_device_batch_size=0.5),
+        dict(mesh=Mesh(fsdp=2, context=4), per_device_batch_size=0.25),
+        dict(mesh=Mesh(context=8), per_device_batch_size=0.25),
         pytest.param(dict(mesh=Mesh(fsdp=4, tensor=2), per_device_batch_size=1, optim=MUON), marks=pytest.mark.slow),
         dict(scan_layers=False),
         dict(accumulate=4),
@@ -94,6 +96,7 @@ def describe(change: dict) -> str:
         dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=4, fsdp=2), per_device_batch_size=1),
         dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, tensor=2, fsdp=2), per_device_batch_size=1),
         dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, context=2, tensor=2), per_device_batch_size=0.5),
+        dict(model=tiny.DEEPSEEK, mesh=Mesh(expert=2, context=2, fsdp=2), per_device_batch_size=0.5),
         dict(model=tiny.DEEPSEEK, scan_layers=False, accumulate=2),
         dict(model=tiny.GEMMA4, optim=GENTLE, mesh=Mesh(expert=2, fsdp=4), per_device_batch_size=1),
         dict(model=tiny.GEMMA4, optim=GENTLE, mesh=Mesh(context=2, tensor=2, fsdp=2), per_device_batch_size=0.5),
@@ -125,6 +128,19 @@ def test_training_changes_every_parameter_and_of_buffers_only_the_bias_of_router
         stays = old.buffer and not old.path.endswith("router.bias")
         assert np.array_equal(old.value, new.value) == stays, old.path
     arrays.check(state.model)
+
+
+def test_moments_in_bfloat16_take_half_the_memory_and_train_as_well():
+    narrow = dataclasses.replace(tiny.CONFIG.optim, moments="bfloat16")
+    expected, wide_state = on_one_device(tiny.MODEL, tiny.CONFIG.optim, 8)
+    ours, state = on_one_device(tiny.MODEL, narrow, 8)
+    moments = lambda s: [x for x in jax.tree.leaves(s.opt) if x.ndim]
+    assert {str(x.dtype) for x in moments(state)} == {"bfloat16"}
+    assert sum(x.nbytes for x in moments(state)) * 2 == sum(x.nbytes for x in moments(wide_state))
+    arrays.check(state.model)
+    np.testing.assert_array_equal(ours[0], expected[0])  # the first loss is before any update
+    np.testing.assert_allclose(ours[:, 0], expected[:, 0], rtol=2e-3)
+    assert np.any(ours != expected)
 
 
 # ------------------------------------------------------------------------- updates that are not finite
