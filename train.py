@@ -140,8 +140,8 @@ def main(argv: list[str]) -> int:
         if action == "check":
             print(check.report(cfg))
             return 0
-        if action == "plan":
-            text, fits = plan.report(cfg, tpus)
+        if action in ("plan", "fit"):
+            text, fits = plan.report(cfg, tpus, fit=action == "fit")
             print(text)
             return 0 if fits else 1
         return train(cfg)

@@ -24,13 +24,14 @@ USAGE = """train.py [CONFIG] [options]: train the model that CONFIG describes, o
 CONFIG is a Python file that defines `config`, a run's config.json, or the folder of a Hugging Face checkpoint, which is
 trained on from its weights; configs/shakespeare.py by default.
 --check         trace the whole step at full size and print parameters, memory and FLOPs; needs no accelerator
---plan SLICE    compile the whole step for TPUs such as v6e-32, v5p-256 or v6e:4x8; needs jax[tpu] and no TPU
+--plan SLICE    compile the whole step for TPUs such as v6e-32, v5p-256 or v6e:4x8; needs jax[tpu] and no TPU;
+                with --fit, for the largest per_device_batch_size that fits
 --print-config  print the config with the options applied, as JSON
 """
 
 
 def load(argv: list[str]) -> tuple[Config, str, str]:
-    """The config, what to do with it ("train", "check", "plan" or "print"), and for which TPUs to plan.
+    """The config, what to do with it ("train", "check", "plan", "fit" or "print"), and for which TPUs to plan.
 
     Raises ConfigError; --help exits.
     """
@@ -42,6 +43,11 @@ def load(argv: list[str]) -> tuple[Config, str, str]:
         at = argv.index("--plan")
         action, slice_ = "plan", "".join(argv[at + 1 : at + 2])
         del argv[at : at + 2]
+    if "--fit" in argv:
+        if action != "plan":
+            raise ConfigError("--fit goes with --plan SLICE: it finds the largest per_device_batch_size for it")
+        argv.remove("--fit")
+        action = "fit"
     path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
     config = parse(Config, argv, read(path))
     name = path.resolve().name if path.is_dir() else path.stem

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,14 +104,20 @@ def devices(kind: str, torus: str) -> list[Any]:
         ) from error
 
 
-def make(cfg: Config, name: str) -> Plan:
-    """Compile the step of `cfg` for a topology; without a mesh of its own, fsdp over all of it."""
-    kind, torus = parse(name)
-    found, chip = devices(kind, torus), CHIPS[kind]
+def on_slice(cfg: Config, name: str) -> Config:
+    """`cfg` with a mesh over the whole slice: its own, or fsdp. Raises ConfigError if its own is of another size."""
+    found = devices(*parse(name))
     if cfg.mesh == Mesh():
         cfg = replace(cfg, mesh=Mesh(fsdp=len(found)))
     if cfg.mesh.devices != len(found):
         raise ConfigError(f"--plan {name} has {len(found)} devices, mesh {describe(cfg.mesh)} has {cfg.mesh.devices}")
+    return cfg
+
+
+def make(cfg: Config, name: str) -> Plan:
+    """Compile the step of `cfg` for a slice of as many devices as its mesh has."""
+    kind, torus = parse(name)
+    found, chip = devices(kind, torus), CHIPS[kind]
     axes = (AxisType.Explicit,) * len(AXES)
     mesh = jax.sharding.Mesh(np.array(found).reshape(cfg.mesh.sizes), AXES, axis_types=axes)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
@@ -193,8 +200,64 @@ def count_collectives(jaxpr: Jaxpr, axes: dict[str, int], times: int, into: dict
             count_collectives(part, axes, inner, into)
 
 
-def report(cfg: Config, name: str) -> tuple[str, bool]:
-    """What a person wants to know, and whether it fits. Also written to runs/NAME/plan-TOPOLOGY.json."""
+def remedies(cfg: Config) -> Iterator[tuple[str, Config]]:
+    """What needs less memory, each on top of those before, in the order of what it costs."""
+    if cfg.remat != "full":
+        cfg = replace(cfg, remat="full")
+        yield "--remat full", cfg
+    if cfg.optim.moments == "float32":
+        cfg = replace(cfg, optim=replace(cfg.optim, moments="bfloat16"))
+        yield "--optim.moments bfloat16", cfg
+    mesh = cfg.mesh
+    rows = cfg.batch_size // (mesh.replica * mesh.fsdp * mesh.expert)  # of one group of devices that share sequences
+    if rows > cfg.accumulate:
+        cfg = replace(cfg, accumulate=rows)
+        yield f"--accumulate {rows}", cfg
+    while mesh.fsdp % 2 == 0 and mesh.context < 8 and cfg.data.seq_len % (2 * mesh.context) == 0:
+        mesh = replace(mesh, fsdp=mesh.fsdp // 2, context=2 * mesh.context)
+        cfg = replace(cfg, mesh=mesh, per_device_batch_size=cfg.per_device_batch_size / 2)
+        shares = f"--mesh.fsdp {mesh.fsdp} --mesh.context {mesh.context}"
+        yield f"{shares} --per_device_batch_size {cfg.per_device_batch_size:g}", cfg
+
+
+def what_fits(cfg: Config, name: str) -> Iterator[str]:
+    """Compile one remedy after another until the step fits; a line for each. They add up."""
+    for option, changed in remedies(cfg):
+        plan = make(changed, name)
+        over = plan.memory_gib["peak"] - plan.available_gib
+        yield f"  {option:40}{plan.memory_gib['peak']:18.2f}, {'fits' if plan.fits else f'too much by {over:.1f}'}"
+        if plan.fits:
+            return
+    yield "  nothing here is enough: use a larger slice, a shorter data.seq_len or a smaller model"
+
+
+def largest(cfg: Config, name: str) -> Config:
+    """`cfg` with the largest `per_device_batch_size` that fits. Raises ConfigError if none does.
+
+    It doubles, then bisects; each try is a compilation and a line.
+    """
+    mesh = cfg.mesh
+    unit = mesh.replica * mesh.fsdp * mesh.expert * cfg.accumulate / mesh.devices
+    low, high, at = 0, None, max(round(cfg.per_device_batch_size / unit), 1)
+    while high is None or high - low > 1:
+        plan = make(replace(cfg, per_device_batch_size=at * unit), name)
+        print(f"per_device_batch_size {at * unit:g}: {plan.memory_gib['peak']:.2f} GiB of {plan.available_gib:.2f}")
+        low, high = (at, high) if plan.fits else (low, at)
+        at = 2 * low if high is None else (low + high) // 2
+    if low == 0:
+        raise ConfigError(
+            f"--fit: per_device_batch_size={unit:g} does not fit {name}; --plan without --fit says what would"
+        )
+    return replace(cfg, per_device_batch_size=low * unit)
+
+
+def report(cfg: Config, name: str, fit: bool) -> tuple[str, bool]:
+    """What a person wants to know, and whether it fits. Also written to runs/NAME/plan-TOPOLOGY.json.
+
+    fit: for the largest batch that does.
+    """
+    cfg = on_slice(cfg, name)
+    cfg = largest(cfg, name) if fit else cfg
     plan = make(cfg, name)
     folder = Path("runs") / cfg.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +265,8 @@ def report(cfg: Config, name: str) -> tuple[str, bool]:
     file.write_text(json.dumps({**plan._asdict(), "config": json.loads(options.to_json(cfg))}, indent=1))
     gib, said = plan.memory_gib, plan.predicted
     verdict = "fits" if plan.fits else f"does not fit, by {gib['peak'] - plan.available_gib:.1f} GiB a device"
-    rows = [f"{plan.run} on {plan.topology}: {plan.devices} devices, mesh {plan.mesh}: {verdict}", ""]
+    size = f"{cfg.per_device_batch_size:g} x {cfg.data.seq_len} tokens a device"
+    rows = [f"{plan.run} on {plan.topology}: {plan.devices} devices, mesh {plan.mesh}, {size}: {verdict}", ""]
     rows += [f"GiB a device, of {plan.available_gib:.2f}"] + [f"  {k:40}{v:18.2f}" for k, v in gib.items()]
     rows += ["", "a device and step"]
     rows += [f"  {'TFLOPs of matrix products':40}{plan.flops['computed'] / 1e12:18.2f}"]
@@ -221,4 +285,6 @@ def report(cfg: Config, name: str) -> tuple[str, bool]:
         f"  {'MFU':40}{said['mfu']:18.1%}",
         f"  {'tokens a second and chip':40}{said['tokens_per_s_and_chip']:18,.0f}",
     ]
+    if not plan.fits:
+        rows += ["", "what would fit, each option on top of those before (GiB a device)", *what_fits(cfg, name)]
     return "\n".join([*rows, "", str(file)]), plan.fits

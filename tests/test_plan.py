@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mintrain import plan, step
 from mintrain.config import ConfigError, Mesh
@@ -49,6 +51,42 @@ def test_collectives_are_counted_through_scans_with_what_a_device_receives():
     assert found["all_gather"][1] >= 2 * layers * 3 / 4  # of four parts, three come from others
     assert found["reduce_scatter"][1] >= layers / 4 * 3
     assert found["all_gather"][0] >= 2 * sum(leaf.shape[0] for leaf in blocks)
+
+
+def planned(cfg, gib: float) -> plan.Plan:
+    """A plan of which only the memory is read."""
+    return plan.Plan("", "", 4, "", gib <= 16, {"peak": gib}, 16, {}, {}, 0, {}, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(start=st.integers(1, 40), most=st.integers(1, 100), accumulate=st.sampled_from([1, 3]))
+def test_fit_finds_the_largest_batch_that_fits(start, most, accumulate):
+    mesh = Mesh(fsdp=2, context=2)
+    unit = accumulate / 2
+    cfg = dataclasses.replace(tiny.CONFIG, mesh=mesh, accumulate=accumulate, per_device_batch_size=start * unit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "make", lambda cfg, _: planned(cfg, 16 / most * cfg.per_device_batch_size / unit - 1e-6))
+        assert plan.largest(cfg, "v6e-4").per_device_batch_size == most * unit
+        patch.setattr(plan, "make", lambda cfg, _: planned(cfg, 17))
+        with pytest.raises(ConfigError, match="--fit"):
+            plan.largest(cfg, "v6e-4")
+
+
+def test_what_does_not_fit_is_told_what_would_until_it_does(monkeypatch):
+    cfg = dataclasses.replace(tiny.CONFIG, mesh=Mesh(fsdp=4), per_device_batch_size=2, remat="dots")
+    tried = []
+
+    def make(cfg, _):
+        tried.append(cfg)
+        return planned(cfg, 20 - len(tried))
+
+    monkeypatch.setattr(plan, "make", make)
+    lines = list(plan.what_fits(cfg, "v6e-4"))
+    assert [line.split()[0] for line in lines] == ["--remat", "--optim.moments", "--accumulate", "--mesh.fsdp"]
+    assert "too much by 3.0" in lines[0] and lines[-1].endswith("fits")
+    last = tried[-1]
+    assert (last.remat, last.optim.moments, last.accumulate) == ("full", "bfloat16", 2)
+    assert last.mesh == Mesh(fsdp=2, context=2) and last.batch_size == cfg.batch_size // 2
 
 
 @pytest.mark.plan
