@@ -113,11 +113,10 @@ def attend_places(
     """
     batch, seq, n, g, _ = q.shape
     length = k.shape[2]
-    near = window is not None and first is not None
-    reach = min(length, 2 * window) if near else length
-    rows = max(BLOCK // (batch * n * g * reach), 1)
+    before = length if window is None or first is None else window - 1  # keys that a query sees before its own
+    rows = max(BLOCK // (batch * n * g * min(length, 2 * before + 2)), 1)
     rows = 1 << (rows.bit_length() - 1)
-    near = near and rows + window - 1 < length and rows < seq
+    near = rows + before < length and rows < seq
     # Gradients of keys and values are sums over blocks: in float32.
     dtype, k, v = q.dtype, *((x.astype(jnp.float32) for x in (k, v)) if rows < seq else (k, v))
 
@@ -125,8 +124,8 @@ def attend_places(
         q, queries, place = part
         reached = (k, v, keys.positions, keys.segments)
         if near:
-            span = q.shape[1] + window - 1
-            start = jnp.clip(place[0, 0] - (window - 1), 0, length - span)
+            span = q.shape[1] + before
+            start = jnp.clip(place[0, 0] - before, 0, length - span)
             cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, span, axis)
             reached = (cut(k, 2), cut(v, 2), cut(keys.positions, 1), cut(keys.segments, 1))
         nearby_k, nearby_v, positions, segments = reached
