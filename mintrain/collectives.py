@@ -6,6 +6,8 @@ stronger: the operand must really vary over the axes that the spec claims, as JA
 `jax.typeof(x).manual_axis_type`. `jax.lax.psum` of a value that does *not* vary multiplies it silently.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
@@ -40,7 +42,12 @@ def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         if old[: len(new)] != new:
             raise TypeError(f"{spec!r}: {name} cannot go from {old} to {new} by gathering")
         if old != new:
-            x = jax.lax.all_gather(x, old[len(new) :], axis=i, tiled=True)
+            # As a matrix, where it is one: XLA's TPU compiler turns the reduce-scatter of more dims into an all-reduce.
+            shape = math.prod(x.shape[:i]), x.shape[i], math.prod(x.shape[i + 1 :])
+            at = [j for j in (0, 1, 2) if j == 1 or shape[j] > 1]
+            matrix = x.reshape([shape[j] for j in at])
+            whole = jax.lax.all_gather(matrix, old[len(new) :], axis=at.index(1), tiled=True)
+            x = whole.reshape(*x.shape[:i], -1, *x.shape[i + 1 :])
     return x
 
 
@@ -55,7 +62,7 @@ def all_to_all(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return jax.lax.all_to_all(x, lost[0][1], gained[0][0], lost[0][0], tiled=True)
 
 
-def vary_like(w: Float[Array, "..."], x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+def vary_like(w: Shaped[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """`w`, the same on all devices, as a value of each device that `x` differs on.
 
     Its gradient is then summed over the device's tokens first and over devices after. Where JAX inserts this by

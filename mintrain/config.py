@@ -216,7 +216,7 @@ class Mesh:
 
     replica: int = 1  # whole copies of the model
     fsdp: int = 1  # parameters and optimizer state are split, weights gathered layer by layer
-    expert: int = 1
+    expert: int = 1  # routed experts are split; all other weights as over fsdp
     context: int = 1  # the sequence is split
     tensor: int = 1  # heads, MLP width and vocabulary are split
 
@@ -327,8 +327,11 @@ class Config:
                 f"which mesh.replica x mesh.fsdp x mesh.expert = {shards} times accumulate = {self.accumulate} "
                 f"does not divide; use a multiple of {shards * self.accumulate / self.mesh.devices:g}"
             )
-        if self.data.seq_len < 1 or self.data.seq_len % self.mesh.context:
-            raise ConfigError(f"data.seq_len={self.data.seq_len} is not a multiple of mesh.context={self.mesh.context}")
+        parts = 2 * self.mesh.context if self.mesh.context > 1 else 1  # context.py
+        if self.data.seq_len < 1 or self.data.seq_len % parts:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} is not a multiple of {parts}, twice mesh.context={self.mesh.context}"
+            )
         if self.indexer == "warmup" and not self.model.indexed:
             raise ConfigError("indexer=warmup trains nothing: no layer of this model has an indexer; use sparse")
         if self.lora.rank and not self.init_from:

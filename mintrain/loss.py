@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from mintrain.collectives import all_gather, psum
+from mintrain.context import deal
 from mintrain.layers.linear import gather
 from mintrain.model import LM, Remat
 from mintrain.sharding import ALL_TOKENS
@@ -36,9 +37,9 @@ def output_logits(
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def local_logits(model: LM, x: Float[Array, "token embed"]) -> Float32[Array, "token vocab"]:
+def local_logits(model: LM, x: Float[Array, "*tokens embed"]) -> Float32[Array, "*tokens vocab"]:
     """The logits of this device's part of the vocabulary, all at once: for generation and inspection."""
-    table = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", model.output_table, x.dtype)
+    table = gather("vocab/tensor embed/fsdp/expert -> vocab/tensor embed", model.output_table, x.dtype)
     return output_logits(x, table, model.cfg.final_softcap)
 
 
@@ -70,7 +71,7 @@ def target_statistics(
     @jax.checkpoint
     def chunk(arrays: tuple[Array, Array]) -> tuple[Float32[Array, "token"], Float32[Array, "token"]]:
         rows_here, first = arrays
-        whole = gather("vocab/tensor embed/fsdp -> vocab/tensor embed", rows_here, x.dtype)
+        whole = gather("vocab/tensor embed/fsdp/expert -> vocab/tensor embed", rows_here, x.dtype)
         logits = output_logits(x32.astype(x.dtype), whole, softcap)
         index = first + jnp.arange(size)
         hit = index[None, :] == local[:, None]
@@ -117,6 +118,8 @@ def next_token_loss(
     indexer_only: the loss is the indexers' KL alone (their dense warm-up). Otherwise it is added to the others: no
     gradient of it reaches the rest of the model, and none of theirs the indexers.
     """
+    further = [jax.tree.map(deal, ahead(batch, depth)) for depth, _ in enumerate(model.mtp, 1)]
+    batch = jax.tree.map(deal, batch)
     x, aux, _ = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
     softcap, table = model.cfg.final_softcap, model.output_table
     target_logit, log_z = target_statistics(x, table, batch.targets.reshape(-1), softcap)
@@ -125,8 +128,7 @@ def next_token_loss(
     loss = (nll + z_loss * psum(jnp.sum(weights * jnp.square(log_z)), *ALL_TOKENS)) / counts.targets
 
     mtp_nll = None
-    for depth, module in enumerate(model.mtp, 1):
-        following, targets, valid = ahead(batch, depth)
+    for module, (following, targets, valid) in zip(model.mtp, further, strict=True):
         apply = jax.checkpoint(lambda module, x, y: module(x, y, batch.positions, batch.segments))
         x, more = apply(module, x, model.embed(following.reshape(-1)))
         statistics = target_statistics(x, table, targets.reshape(-1), softcap)

@@ -64,7 +64,7 @@ class MTP(eqx.Module):
     ) -> tuple[Float[Array, "token embed"], Aux]:
         """Normalised hidden states from those of the model (or the module before) and the next token's vector."""
         pair = jnp.stack([self.token_norm(following), self.hidden_norm(x)])
-        join = gather("pair embed/fsdp joined -> pair embed joined", self.join, x.dtype)
+        join = gather("pair embed/fsdp/expert joined -> pair embed joined", self.join, x.dtype)
         x, aux, _ = self.block(jnp.einsum("ptd,pdj->tj", pair, join), positions, segments)
         return self.norm(x), aux
 
@@ -135,7 +135,7 @@ class LM(eqx.Module):
         done, all_aux, all_kept = 0, [], []
 
         def body(
-            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[Block | Adapted, ...], Any, Any]
+            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[eqx.Module, ...], Any, Any]
         ) -> tuple[Float[Array, "token embed"], tuple[tuple[Aux, ...], dict[str, KV], Any]]:
             auxs, made, caches = [], {}, []
             for i, (layer, block) in enumerate(zip(stage.pattern, xs[0], strict=True)):
@@ -172,12 +172,16 @@ class LM(eqx.Module):
     def blocks(self) -> tuple[Block, ...]:
         """All layers: of the stages, each with its repeats stacked, then of `mtp`."""
         layers = [layer for stage in self.stages for layer in stage]
-        layers = [layer.block if isinstance(layer, Adapted) else layer for layer in layers]
-        return (*layers, *(module.block for module in self.mtp))
+        return tuple(_bare(layer) for layer in (*layers, *(module.block for module in self.mtp)))
 
     @property
     def output_table(self) -> Float32[Array, "vocab embed"]:
         return (self.embedding if self.head is None else self.head).table
+
+
+def _bare(layer: eqx.Module) -> Block:
+    """A layer without what is around it, such as adapters."""
+    return layer if isinstance(layer, Block) else _bare(layer.block)
 
 
 def _shares(layer: config.Layer) -> bool:

@@ -1,5 +1,7 @@
 """The whole sharding policy: which mesh axis splits which named dim of a weight, and how batches are split."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -13,9 +15,10 @@ from mintrain.config import Mesh as MeshConfig
 AXES = ("replica", "fsdp", "expert", "context", "tensor")
 DATA_AXES = ("replica", "fsdp", "expert")
 LAYOUT = {
-    "embed": "fsdp",
-    "q_latent": "fsdp",  # the rows of what expands a compressed query, or key and value
-    "kv_latent": "fsdp",
+    "embed": ("fsdp", "expert"),
+    "q_latent": ("fsdp", "expert"),  # the rows of what expands a compressed query, or key and value
+    "kv_latent": ("fsdp", "expert"),
+    "expert_embed": "fsdp",  # of routed experts, which are split over `expert` themselves
     "vocab": "tensor",
     "ff": "tensor",
     "heads": "tensor",
@@ -100,12 +103,14 @@ def validate(mesh: MeshConfig, model: PyTree) -> None:
     sizes = dict(zip(AXES, mesh.sizes, strict=True))
     for weight in weights(model):
         for dim, size in zip(weight.dims, weight.value.shape[weight.stacked :], strict=True):
-            axis = LAYOUT.get(dim)
-            if axis and size % sizes[axis]:
+            axes = LAYOUT.get(dim, ())
+            axes = (axes,) if isinstance(axes, str) else axes
+            shards = math.prod(sizes[axis] for axis in axes)
+            if size % shards:
                 divisors = [str(d) for d in range(1, size + 1) if size % d == 0][:8]
+                name = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1)
                 raise ConfigError(
-                    f"mesh.{axis}={sizes[axis]} does not divide {dim}={size} of {weight.path}; "
-                    f"use one of {', '.join(divisors)}"
+                    f"{name}={shards} does not divide {dim}={size} of {weight.path}; use one of {', '.join(divisors)}"
                 )
 
 

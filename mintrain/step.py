@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 
+from mintrain import carriers
 from mintrain.arrays import check, weights
 from mintrain.config import Config
+from mintrain.context import collect, deal
 from mintrain.layers.router import balanced_bias
 from mintrain.lora import adapt
 from mintrain.loss import Batch, Counts, Report, local_logits, next_token_loss
@@ -126,9 +129,12 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
     which = trainable(cfg, abstract.model)
     trained, _ = eqx.partition(abstract.model, which)
     transform, learning_rate = optimizer(cfg.optim, cfg.steps, trained), schedule(cfg.optim, cfg.steps)
-    loss, layouts = sharded_loss(cfg, mesh, abstract.model), specs(trained)
+    layouts, shapes = specs(trained), carriers.carrier_shapes(trained)
+    loss = sharded_loss(cfg, mesh, carriers.carry(abstract.model, shapes))
     loss_and_grad = jax.value_and_grad(
-        lambda trained, frozen, *rest: loss(eqx.combine(trained, frozen), *rest), has_aux=True
+        lambda trained, carried, frozen, *rest: loss(carriers.carry(eqx.combine(trained, frozen), carried), *rest),
+        argnums=(0, 1),
+        has_aux=True,
     )
 
     def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState]:
@@ -141,8 +147,12 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         counts = count(batch)
         trained, frozen = eqx.partition(state.model, which)
 
-        def microbatch(total: LM | None, micro: Batch) -> tuple[LM, tuple[Float32[Array, ""], Report]]:
-            parts, grads = loss_and_grad(trained, frozen, micro, counts)
+        def microbatch(
+            total: LM | None, micro: Batch
+        ) -> tuple[PyTree[Float32[Array, "..."]], tuple[Float32[Array, ""], Report]]:
+            parts, (grads, carried) = loss_and_grad(trained, carriers.zeros(shapes), frozen, micro, counts)
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32), carried)
+            grads = eqx.tree_at(carriers.layers, grads, wide)
             return grads if total is None else add(total, grads), parts
 
         if cfg.accumulate == 1:  # without a second copy of the gradients to add to
@@ -243,7 +253,9 @@ def _sharded_logits(mesh: Mesh, layouts: LM) -> Callable[..., Float32[Array, "ba
     tokens = P(*BATCH[1:])
 
     def forward(model: LM, *inputs: Int32[Array, "batch seq"]) -> Float32[Array, "batch seq vocab"]:
-        return local_logits(model, model(*inputs)[0]).reshape(*inputs[0].shape, -1)
+        x, *_ = model(*map(deal, inputs))
+        x = collect(rearrange(x, "(b s) d -> b s d", b=inputs[0].shape[0]))
+        return local_logits(model, x)
 
     return jax.jit(
         jax.shard_map(forward, mesh=mesh, in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))

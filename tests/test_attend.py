@@ -35,7 +35,7 @@ def compare(monkeypatch, dtype: str, block: int, length: int, first: int, seq: i
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(2, seq, N, G, VALUE)), jnp.float32)
 
     def blocked(q, k, v):
-        at = jnp.asarray(first, jnp.int32) if order else None
+        at = (jnp.asarray(first, jnp.int32),) if order else None
         return attend.attend_places(q, k, v, queries, keys, 0.7, softcap, window, at)
 
     def plain(q, k, v):

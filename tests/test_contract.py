@@ -272,21 +272,21 @@ def bfloat16_gradients(*args, **kwargs):
     return lambda *a: (inner(*a)[0], jax.tree.map(lambda g: g.astype(jnp.bfloat16), inner(*a)[1]))
 
 
-def additive(*args) -> jax.Array:
-    return jnp.where(attend.visible(*args), 0.0, -jnp.inf).astype(jnp.float32)
+def additive(*args, visible=attend.visible) -> jax.Array:
+    return jnp.where(visible(*args), 0.0, -jnp.inf).astype(jnp.float32)
 
 
 MISTAKES = {  # what the error must say: the mistake
     "return value of .*attention_logits": (attend, "jnp", instead(jnp, einsum=careless(jnp.einsum))),
     "return value of .*masked_softmax": (attend, "jnp", instead(jnp, exp=careless(jnp.exp))),
     "parameter 'logits'": (attend, "attention_logits", careless(attend.attention_logits)),
-    "parameter 'mask'": (attention, "visible", additive),
+    "parameter 'mask'": (attend, "visible", additive),
     "return value of .*inverse_rms": (norm, "jnp", instead(jnp, mean=careless(jnp.mean))),
     "parameter 'angle'": (attention, "angles", careless(rope.angles)),
     "return value of .*output_logits": (loss, "jnp", instead(jnp, einsum=careless(jnp.einsum))),
     "parameters of .*log_sum_exp": (loss, "output_logits", careless(loss.output_logits)),
     "parameter 'target_logit'": (loss, "target_statistics", careless(loss.target_statistics)),
-    "parameter 'part'": (step, "jax", instead(jax, value_and_grad=bfloat16_gradients)),
+    "return value of .*microbatch": (step, "jax", instead(jax, value_and_grad=bfloat16_gradients)),
 }
 
 

@@ -11,6 +11,7 @@ FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in ROO
 ROWS = (  # a file imports from the rows above its own, never from a later one
     {"arrays", "config"},
     {"collectives", "sharding"},
+    {"context", "layers/splash"},
     {"layers/linear"},  # how every layer gathers a weight
     {"layers/norm", "layers/rope", "layers/mlp", "layers/embedding", "layers/attend"},
     {"layers/cache"},
@@ -20,7 +21,7 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
     {"block"},
     {"lora"},
     {"model"},
-    {"loss"},
+    {"carriers", "loss"},
     {"optim"},
     {"step"},
 )

@@ -2,7 +2,8 @@
 
 batch: sequences.  query, key: positions on either side.  kv_heads, group: the query heads that share a key head.
 head: width of a query and key.  value: of a value.  Heads stand before positions, as the matrix products want them.
-The logits of all queries never exist: a block's are made, used, and made again in the backward pass.
+The logits of all queries never exist: a block's are made, used, and made again in the backward pass; on a TPU inside a
+kernel (splash.py), which is held to the plain form here.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
+
+from mintrain.layers.splash import fits, splash_attention
 
 BLOCK = 1 << 24  # float32 logits of one block of queries on one device: 64 MiB
 
@@ -104,16 +107,42 @@ def attend_places(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
-    first: Int32[Array, ""] | int | None = None,
+    starts: tuple[Int32[Array, ""] | int, ...] | None = None,
 ) -> Float[Array, "batch query kv_heads group value"]:
-    """Attention of each query over the keys that it sees, a block of queries at a time.
+    """Attention of each query over the keys that it sees.
 
-    first: the place of the first query among the keys. With it and a window, a block's keys are those in its reach
-    and not all. None where keys do not stand in their order, as in a cache.
+    starts: keys stand in their order, and the queries are as many equal runs of them, from these places. On a TPU they
+    then go through one kernel, elsewhere a window's queries take only the keys in their reach. None in a cache.
     """
+    if starts is None:
+        return _in_blocks(q, k, v, queries, keys, scale, softcap, window, None)
+    size = q.shape[1] // len(starts)
+    outs = []
+    for i, start in enumerate(starts):
+        run, at = jax.tree.map(lambda x, i=i: x[:, i * size : (i + 1) * size], (q, queries))
+        if fits(size):
+            run = rearrange(run, "b q n g h -> b n g q h")
+            out = splash_attention(run, k, v, at.segments, keys.segments, start, scale, softcap, window)
+            outs.append(rearrange(out, "b n g q v -> b q n g v"))
+        else:
+            outs.append(_in_blocks(run, k, v, at, keys, scale, softcap, window, start))
+    return jnp.concatenate(outs, axis=1)
+
+
+def _in_blocks(
+    q: Float[Array, "batch query kv_heads group head"],
+    k: Float[Array, "batch kv_heads key head"],
+    v: Float[Array, "batch kv_heads key value"],
+    queries: Places,
+    keys: Places,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    start: Int32[Array, ""] | int | None,
+) -> Float[Array, "batch query kv_heads group value"]:
     batch, seq, n, g, _ = q.shape
     length = k.shape[2]
-    before = length if window is None or first is None else window - 1  # keys that a query sees before its own
+    before = length if window is None or start is None else window - 1  # keys that a query sees before its own
     rows = max(BLOCK // (batch * n * g * min(length, 2 * before + 2)), 1)
     rows = 1 << (rows.bit_length() - 1)
     near = rows + before < length and rows < seq
@@ -125,8 +154,8 @@ def attend_places(
         reached = (k, v, keys.positions, keys.segments)
         if near:
             span = q.shape[1] + before
-            start = jnp.clip(place[0, 0] - before, 0, length - span)
-            cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, span, axis)
+            first = jnp.clip(place[0, 0] - before, 0, length - span)
+            cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, first, span, axis)
             reached = (cut(k, 2), cut(v, 2), cut(keys.positions, 1), cut(keys.segments, 1))
         nearby_k, nearby_v, positions, segments = reached
         mask = visible(queries.positions, positions, queries.segments, segments, window)
@@ -134,5 +163,5 @@ def attend_places(
         out = attend(q, nearby_k.astype(dtype), nearby_v.astype(dtype), mask, scale, softcap)
         return rearrange(out, "b n g q v -> b q n g v")
 
-    place = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq)) + (0 if first is None else first)
+    place = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq)) + (0 if start is None else start)
     return over_blocks(block, (q, queries, place), rows)

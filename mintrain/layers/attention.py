@@ -1,6 +1,6 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) of Gemma 2, 3 and 4; one module, configured by data.
 
-batch, seq: this device's sequences, `seq` split over `context`.  token: batch * seq.  embed: residual stream.
+batch, seq: this device's sequences, `seq` dealt over `context` (context.py).  token: batch * seq.  embed: residual stream.
 kv_heads, group: the query heads that share a key head.  head: width of a head.
 """
 
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.collectives import psum
+from mintrain.context import starts
 from mintrain.layers.attend import Places, attend_places
 from mintrain.layers.cache import KV, append, whole
 from mintrain.layers.linear import gather, normal
@@ -56,28 +57,30 @@ class Attention(eqx.Module):
         """The output, and the keys and values it was made with: `shared`, or own ones after those in `cache`."""
         c, batch = self.cfg, positions.shape[0]
         angle = angles(positions, c.rope, c.head_dim)
-        w_q = gather("embed/fsdp kv_heads/tensor group head -> embed kv_heads/tensor group head", self.q, x.dtype)
+        w_q = gather(
+            "embed/fsdp/expert kv_heads/tensor group head -> embed kv_heads/tensor group head", self.q, x.dtype
+        )
         q = rearrange(jnp.einsum("td,dngh->tngh", x, w_q), "(b s) n g h -> b n g s h", b=batch)
         q = rotate(q if self.q_norm is None else self.q_norm(q), angle)
         kv = KV(*self._kv(x, angle), positions, segments) if shared is None else shared
         kv = kv if cache is None else append(cache, kv)
         keys = whole(kv)
-        # Where keys are this chunk's own they stand in its order, and a window reaches a slice of them.
-        own = shared is None and cache is None
-        first = positions.shape[1] * jax.lax.axis_index("context") if own else None
         at = Places(positions, segments), Places(keys.positions, keys.segments)
         q = rearrange(q, "b n g s h -> b s n g h")
-        out = attend_places(q, keys.k, keys.v, *at, c.scale, c.softcap, c.window, first)
+        runs = starts(positions.shape[1]) if cache is None else None
+        out = attend_places(q, keys.k, keys.v, *at, c.scale, c.softcap, c.window, runs)
 
         out = rearrange(out, "b s n g h -> (b s) n g h")
-        w_o = gather("kv_heads/tensor group head embed/fsdp -> kv_heads/tensor group head embed", self.o, x.dtype)
+        w_o = gather(
+            "kv_heads/tensor group head embed/fsdp/expert -> kv_heads/tensor group head embed", self.o, x.dtype
+        )
         out = psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
         return out.astype(x.dtype), kv
 
     def _kv(
         self, x: Float[Array, "token embed"], angle: Float32[Array, "batch seq half"]
     ) -> tuple[Float[Array, "batch kv_heads seq head"], Float[Array, "batch kv_heads seq head"]]:
-        layout, form = "embed/fsdp kv_heads/tensor head -> embed kv_heads/tensor head", "(b s) n h -> b n s h"
+        layout, form = "embed/fsdp/expert kv_heads/tensor head -> embed kv_heads/tensor head", "(b s) n h -> b n s h"
         project = lambda w: jnp.einsum("td,dnh->tnh", x, gather(layout, w, x.dtype))
         k = v = rearrange(project(self.k), form, b=angle.shape[0])
         if self.v is not None:

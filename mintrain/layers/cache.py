@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from mintrain import config
 from mintrain.collectives import all_gather
+from mintrain.context import in_order
 
 
 class KV(eqx.Module):
@@ -40,13 +41,13 @@ Kept = TypeVar("Kept", KV, Latents)
 
 
 def whole(kept: Kept) -> Kept:
-    """The same with all positions of each sequence, on every device of `context`."""
+    """The same with all positions of each sequence in order, on every device of `context`."""
     specs = {
         2: "batch key/context -> batch key",
         3: "batch key/context width -> batch key width",
         4: "batch kv_heads/tensor key/context head -> batch kv_heads/tensor key head",
     }
-    return jax.tree.map(lambda x: all_gather(specs[x.ndim], x), kept)
+    return jax.tree.map(lambda x: in_order(all_gather(specs[x.ndim], x), axis=2 if x.ndim == 4 else 1), kept)
 
 
 def append(cache: Kept, new: Kept) -> Kept:

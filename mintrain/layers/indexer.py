@@ -1,8 +1,8 @@
 """The lightning indexer of DeepSeek-V3.2 (arXiv 2512.02556): a small attention that chooses the keys of the large one.
 
 batch: sequences.  seq, query, key: positions.  token: batch * seq.  index_heads, index_dim: the indexer's own heads.
-chosen: at most topk keys of a query.  embed: residual stream.  q_latent: the compressed query, split over `fsdp` in
-weights.  Logits and scores are float32 by declaration: a key that is not chosen is not seen at all.
+chosen: at most topk keys of a query.  embed: residual stream.  q_latent: the compressed query, split over `fsdp` and
+`expert` in weights.  Logits and scores are float32 by declaration: a key that is not chosen is not seen at all.
 """
 
 import equinox as eqx
@@ -112,13 +112,13 @@ class Indexer(eqx.Module):
         x, latent = jax.lax.stop_gradient((x, latent))
         batch = positions.shape[0]
         angle, factor = angles(positions, self.rope, self.rope_dim), rotation_factor(self.rope)
-        w_q = gather("q_latent/fsdp index_heads index_dim -> q_latent index_heads index_dim", self.q, x.dtype)
+        w_q = gather("q_latent/fsdp/expert index_heads index_dim -> q_latent index_heads index_dim", self.q, x.dtype)
         q = rearrange(jnp.einsum("tr,rnd->tnd", latent, w_q), "(b s) n d -> b n s d", b=batch)
-        k = jnp.einsum("te,ed->td", x, gather("embed/fsdp index_dim -> embed index_dim", self.k, x.dtype))
+        k = jnp.einsum("te,ed->td", x, gather("embed/fsdp/expert index_dim -> embed index_dim", self.k, x.dtype))
         k = rearrange(self.k_norm(k), "(b s) d -> b s d", b=batch)
         turn = lambda y: jnp.concatenate(
             [rotate(y[..., : self.rope_dim], angle, factor), y[..., self.rope_dim :]], axis=-1
         )
-        w = gather("embed/fsdp index_heads -> embed index_heads", self.head_weights, x.dtype)
+        w = gather("embed/fsdp/expert index_heads -> embed index_heads", self.head_weights, x.dtype)
         weights = jnp.einsum("te,en->tn", x, w, preferred_element_type=jnp.float32) * w.shape[1] ** -0.5
         return rearrange(turn(q), "b n s d -> b s n d"), turn(k), rearrange(weights, "(b s) n -> b s n", b=batch)

@@ -1,7 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), dense or over chosen keys (V3.2).
 
-batch, seq: this device's sequences, `seq` split over `context`.  token: batch * seq.  embed: residual stream.
-heads: split over `tensor`.  q_lora, kv_lora: ranks.  q_latent, kv_latent: the same as rows of a weight, over `fsdp`.
+batch, seq: this device's sequences, `seq` dealt over `context` (context.py).  token: batch * seq.  embed: residual stream.
+heads: split over `tensor`.  q_lora, kv_lora: ranks.  q_latent, kv_latent: the same as rows of a weight, over `fsdp` and
+`expert`.
 head: nope + rope, what q·k sums over.  v: width of a value.  compressed: kv_lora + rope, what is kept of a key.
 """
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from mintrain import config
 from mintrain.collectives import psum
+from mintrain.context import starts
 from mintrain.layers.attend import Places, attend_places
 from mintrain.layers.cache import Latents, append, whole
 from mintrain.layers.indexer import Indexer
@@ -74,10 +76,10 @@ class MLA(eqx.Module):
         q, latent = self._queries(x)
         q = rearrange(q, "(b s) n h -> b n s h", b=batch)
         q = jnp.concatenate([q[..., : c.nope], turn(q[..., c.nope :])], axis=-1)
-        kv = jnp.einsum("td,dc->tc", x, gather("embed/fsdp compressed -> embed compressed", self.kv_a, x.dtype))
+        kv = jnp.einsum("td,dc->tc", x, gather("embed/fsdp/expert compressed -> embed compressed", self.kv_a, x.dtype))
         kv = rearrange(kv, "(b s) c -> b s c", b=batch)
         kv = jnp.concatenate([self.kv_norm(kv[..., : c.kv_lora]), turn(kv[..., c.kv_lora :])], axis=-1)
-        up = gather("kv_latent/fsdp heads/tensor nope_v -> kv_latent heads/tensor nope_v", self.kv_b, x.dtype)
+        up = gather("kv_latent/fsdp/expert heads/tensor nope_v -> kv_latent heads/tensor nope_v", self.kv_b, x.dtype)
 
         sparse = self.indexer is not None and latent is not None
         index_q, index_k, index_weights = self.indexer(x, latent, positions) if sparse else (None, None, None)
@@ -94,13 +96,13 @@ class MLA(eqx.Module):
             q = rearrange(q, "b n s h -> b s n h")
             if cache is None:
                 k, v = expand(keys.compressed, up, c.nope)
-                out = attend_places(q[:, :, :, None], k, v, *at, scale)[:, :, :, 0]
+                out = attend_places(q[:, :, :, None], k, v, *at, scale, starts=starts(positions.shape[1]))[:, :, :, 0]
             else:  # one key head, which all query heads share
                 k = keys.compressed[:, None]
                 mixed = attend_places(absorb(q, up, c.nope)[:, :, None], k, k[..., : c.kv_lora], *at, scale)[:, :, 0]
                 out = jnp.einsum("bsnc,cnv->bsnv", mixed, up[..., c.nope :])
 
-        w_o = gather("heads/tensor v embed/fsdp -> heads/tensor v embed", self.o, x.dtype)
+        w_o = gather("heads/tensor v embed/fsdp/expert -> heads/tensor v embed", self.o, x.dtype)
         out = jnp.einsum("bsnv,nvd->bsd", out, w_o, preferred_element_type=jnp.float32)
         return psum(rearrange(out, "b s d -> (b s) d"), "tensor").astype(x.dtype), kl, kept
 
@@ -109,9 +111,9 @@ class MLA(eqx.Module):
     ) -> tuple[Float[Array, "token heads head"], Float[Array, "token q_lora"] | None]:
         """The queries before rotation, and what the indexer makes its own from."""
         if self.q is not None:
-            w_q = gather("embed/fsdp heads/tensor head -> embed heads/tensor head", self.q, x.dtype)
+            w_q = gather("embed/fsdp/expert heads/tensor head -> embed heads/tensor head", self.q, x.dtype)
             return jnp.einsum("td,dnh->tnh", x, w_q), None
-        w_a = gather("embed/fsdp q_lora -> embed q_lora", self.q_a, x.dtype)
+        w_a = gather("embed/fsdp/expert q_lora -> embed q_lora", self.q_a, x.dtype)
         latent = self.q_norm(jnp.einsum("td,dr->tr", x, w_a))
-        w_b = gather("q_latent/fsdp heads/tensor head -> q_latent heads/tensor head", self.q_b, x.dtype)
+        w_b = gather("q_latent/fsdp/expert heads/tensor head -> q_latent heads/tensor head", self.q_b, x.dtype)
         return jnp.einsum("tr,rnh->tnh", latent, w_b), latent

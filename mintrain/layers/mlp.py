@@ -32,10 +32,10 @@ class MLP(eqx.Module):
         )
 
     def __call__(self, x: Float[Array, "token embed"]) -> Float[Array, "token embed"]:
-        inward = "embed/fsdp ff/tensor -> embed ff/tensor"
+        inward = "embed/fsdp/expert ff/tensor -> embed ff/tensor"
         gate = jnp.einsum("td,df->tf", x, gather(inward, self.gate, x.dtype))
         up = jnp.einsum("td,df->tf", x, gather(inward, self.up, x.dtype))
         hidden = ACTIVATIONS[self.activation](gate) * up
-        down = gather("ff/tensor embed/fsdp -> ff/tensor embed", self.down, x.dtype)
+        down = gather("ff/tensor embed/fsdp/expert -> ff/tensor embed", self.down, x.dtype)
         out = jnp.einsum("tf,fd->td", hidden, down, preferred_element_type=jnp.float32)
         return psum(out, "tensor").astype(x.dtype)

@@ -1,7 +1,8 @@
 """Routed experts (Shazeer et al. 2017, arXiv 1701.06538), without capacity: no token is dropped, none is padded to fit.
 
-token: all tokens of this device.  embed: residual stream.  experts: split over `expert`.  ff: width of one expert,
-split over `tensor`.  pair: gate and up.  row: a token's copy for one of its experts.  routes: all experts.
+token: all tokens of this device.  embed: residual stream, in weights expert_embed, which is split over `fsdp` alone.
+experts: split over `expert`.  ff: width of one expert, split over `tensor`.  pair: gate and up.
+row: a token's copy for one of its experts.  routes: all experts.
 Rows are sorted by expert, sent to the devices that have it, multiplied in groups, sent back and summed.
 """
 
@@ -18,6 +19,7 @@ from mintrain.layers.mlp import ACTIVATIONS
 from mintrain.layers.router import Router, balance_loss, expert_load
 
 BLOCK = 128  # an expert's rows are padded to a multiple of it
+BUFFER = 1 << 28  # elements of the rows that a device may receive at once: 512 MiB of bfloat16
 
 
 def grouped_matmul(
@@ -65,8 +67,8 @@ def slot_count(rows: int, experts: int, block: int) -> int:
 
 class MoE(eqx.Module):
     router: Router
-    gate_up: Float32[Array, "experts embed pair ff"]
-    down: Float32[Array, "experts ff embed"]
+    gate_up: Float32[Array, "experts expert_embed pair ff"]
+    down: Float32[Array, "experts ff expert_embed"]
     cfg: config.MoE = eqx.field(static=True)
 
     @staticmethod
@@ -90,6 +92,32 @@ class MoE(eqx.Module):
     def _experts(
         self, x: Float[Array, "token embed"], index: Int32[Array, "token topk"], weights: Float32[Array, "token topk"]
     ) -> Float[Array, "token embed"]:
+        """The weighted sum of each token's experts, of as many tokens at a time as `BUFFER` allows."""
+        inward = "experts/expert expert_embed/fsdp pair ff/tensor -> experts/expert expert_embed pair ff/tensor"
+        gate_up = rearrange(gather(inward, self.gate_up, x.dtype), "e d p f -> e d (p f)")
+        outward = "experts/expert ff/tensor expert_embed/fsdp -> experts/expert ff/tensor expert_embed"
+        down = gather(outward, self.down, x.dtype)
+        capacity = jax.lax.axis_size("expert") * min(index.shape[1], self.gate_up.shape[0]) * x.size
+        parts = next(n for n in range(max(-(-capacity // BUFFER), 1), x.shape[0] + 1) if x.shape[0] % n == 0)
+        if parts == 1:
+            return self._part(x, index, weights, gate_up, down)
+        wide = gate_up.astype(jnp.float32), down.astype(jnp.float32)  # their gradients are sums over the parts
+
+        @jax.checkpoint
+        def part(inputs: tuple[Array, Array, Array]) -> Float[Array, "token embed"]:
+            return self._part(*inputs, *(w.astype(x.dtype) for w in wide))
+
+        split = lambda y: rearrange(y, "(n t) ... -> n t ...", n=parts)
+        return rearrange(jax.lax.map(part, jax.tree.map(split, (x, index, weights))), "n t d -> (n t) d")
+
+    def _part(
+        self,
+        x: Float[Array, "token embed"],
+        index: Int32[Array, "token topk"],
+        weights: Float32[Array, "token topk"],
+        gate_up: Float[Array, "experts embed pair_ff"],
+        down: Float[Array, "experts ff embed"],
+    ) -> Float[Array, "token embed"]:
         tokens, topk = index.shape
         devices, experts = jax.lax.axis_size("expert"), self.gate_up.shape[0]
         order = jnp.argsort(index.reshape(-1), stable=True)
@@ -108,21 +136,11 @@ class MoE(eqx.Module):
         filled = slot_count(capacity, experts, block)
         origin = jnp.full_like(slot, capacity, shape=filled).at[slot].set(jnp.arange(capacity), mode="drop")
         rows = rows.at[origin].get(mode="fill", fill_value=0)
-        rows = self._mlp(rows, padded, block)
+        gate, up = jnp.split(grouped_matmul(rows, gate_up, padded, block), 2, axis=-1)
+        rows = grouped_matmul(ACTIVATIONS[self.cfg.activation](gate) * up, down, padded, block)
         rows = rows.at[slot].get(mode="fill", fill_value=0)
 
         if devices > 1:
             rows = ragged_all_to_all(rows, sizes.T, tokens * topk, "expert")
         rows = rearrange(rows[jnp.argsort(order)], "(t k) d -> t k d", k=topk)
         return psum(jnp.einsum("tkd,tk->td", rows.astype(jnp.float32), weights), "tensor").astype(x.dtype)
-
-    def _mlp(
-        self, rows: Float[Array, "row embed"], sizes: Int32[Array, "experts"], block: int
-    ) -> Float[Array, "row embed"]:
-        """Every expert on its rows; over `tensor`, the sum's terms."""
-        inward = "experts/expert embed/fsdp pair ff/tensor -> experts/expert embed pair ff/tensor"
-        gate_up = rearrange(gather(inward, self.gate_up, rows.dtype), "e d p f -> e d (p f)")
-        gate, up = jnp.split(grouped_matmul(rows, gate_up, sizes, block), 2, axis=-1)
-        hidden = ACTIVATIONS[self.cfg.activation](gate) * up
-        outward = "experts/expert ff/tensor embed/fsdp -> experts/expert ff/tensor embed"
-        return grouped_matmul(hidden, gather(outward, self.down, rows.dtype), sizes, block)

@@ -37,7 +37,7 @@ class PerLayerInputs(eqx.Module):
         width = self.norm.scale.shape[0]
         split = lambda y: rearrange(y, "t (l w) -> l t w", w=width)
         looked_up = split(self.embedding(tokens, x.dtype)) * jnp.asarray(width**0.5, x.dtype)
-        w = gather("embed/fsdp layers_width -> embed layers_width", self.projection, x.dtype)
+        w = gather("embed/fsdp/expert layers_width -> embed layers_width", self.projection, x.dtype)
         context = self.norm(split(jnp.einsum("td,dp->tp", x, w) * jnp.asarray(x.shape[1] ** -0.5, x.dtype)))
         return (context + looked_up) * jnp.asarray(0.5**0.5, x.dtype)
 
@@ -59,6 +59,8 @@ class PerLayerGate(eqx.Module):
     def __call__(
         self, x: Float[Array, "token embed"], layer_input: Float[Array, "token width"]
     ) -> Float[Array, "token embed"]:
-        gate = jnp.einsum("td,dw->tw", x, gather("embed/fsdp width -> embed width", self.gate, x.dtype))
+        gate = jnp.einsum("td,dw->tw", x, gather("embed/fsdp/expert width -> embed width", self.gate, x.dtype))
         hidden = jax.nn.gelu(gate) * layer_input
-        return self.norm(jnp.einsum("tw,wd->td", hidden, gather("width embed/fsdp -> width embed", self.out, x.dtype)))
+        return self.norm(
+            jnp.einsum("tw,wd->td", hidden, gather("width embed/fsdp/expert -> width embed", self.out, x.dtype))
+        )

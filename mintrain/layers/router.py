@@ -116,7 +116,7 @@ class Router(eqx.Module):
         x = x.astype(jnp.float32)
         if self.scale is not None:
             x = x * inverse_rms(x, self.eps) * (vary_like(self.scale, x) * x.shape[-1] ** -0.5)[None]
-        weight = gather("embed/fsdp routes -> embed routes", self.weight, x.dtype)
+        weight = gather("embed/fsdp/expert routes -> embed routes", self.weight, x.dtype)
         scores = router_scores(router_logits(x, weight), self.cfg.score)
         index = choose(scores if self.bias is None else scores + self.bias[None], self.cfg)
         weights = combine_weights(scores, index, self.cfg)

@@ -1,0 +1,76 @@
+"""Gradients of layers in the dtype in which they are made: that of a weight gathered in bfloat16 has bfloat16's bits.
+
+JAX gives a gradient the dtype of its weight. The gradients of all layers are kept until the optimizer reads them, so in
+float32 they would take twice the memory for the same numbers. Instead each weight of a layer gets a carrier, zeros that
+nothing reads, and its gradient is the carrier's.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, PyTree
+
+from mintrain.arrays import Weight, weights
+from mintrain.block import Block
+from mintrain.lora import Adapted
+from mintrain.model import LM
+
+
+class Carried(eqx.Module):
+    """A layer whose gradients go to its carriers. None for a weight that has none."""
+
+    block: Block | Adapted
+    carriers: Block | Adapted
+
+    def __call__(self, *inputs):
+        join = lambda carrier, weight: weight if carrier is None else attach(weight, carrier)
+        return jax.tree.map(join, self.carriers, self.block, is_leaf=lambda leaf: leaf is None)(*inputs)
+
+
+@jax.custom_vjp
+def attach(weight: Float32[Array, "..."], carrier: Float[Array, "..."]) -> Float32[Array, "..."]:
+    """`weight`, whose gradient is given to `carrier`.
+
+    Behind a barrier: the compiler would cast the weights of all layers before the first, and keep them.
+    """
+    return jax.lax.optimization_barrier(weight)
+
+
+def _backward(like: Float[Array, "0"], g: Float32[Array, "..."]) -> tuple[None, Float[Array, "..."]]:
+    return None, g.astype(like.dtype)
+
+
+attach.defvjp(lambda weight, carrier: (attach(weight, carrier), jnp.zeros(0, carrier.dtype)), _backward)
+
+
+def gradient_dtype(weight: Weight, compute_dtype: str) -> str:
+    """What the backward pass makes: matrices are gathered in the compute dtype, once for each layer.
+
+    All others are float32 where they are used, as routers and adapters are.
+    """
+    matrix = weight.sides is not None and "routes" not in weight.dims and "adapters" not in weight.path
+    return compute_dtype if matrix else "float32"
+
+
+def layers(model: LM) -> list[PyTree]:
+    """What has carriers: the layers of the stages and of `mtp`."""
+    places = [(i, j) for i, stage in enumerate(model.cfg.stages) for j in range(len(stage.pattern))]
+    return [model.stages[i][j] for i, j in places] + [model.mtp[i].block for i in range(len(model.cfg.mtp))]
+
+
+def carrier_shapes(trained: LM) -> list[PyTree]:
+    """The abstract carriers of the trained weights, laid out as these are."""
+    shapes = [
+        jax.ShapeDtypeStruct(x.value.shape, gradient_dtype(x, trained.compute_dtype), sharding=x.value.sharding)
+        for x in weights(trained)
+    ]
+    return layers(jax.tree.unflatten(jax.tree.structure(trained), shapes))
+
+
+def zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
+
+
+def carry(model: LM, carriers: list[PyTree]) -> LM:
+    """`model` with its layers' gradients in `carriers`."""
+    return eqx.tree_at(layers, model, list(map(Carried, layers(model), carriers)))

@@ -1,0 +1,114 @@
+"""The kernel that TPUs run, interpreted on this machine, against the plain form: values and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mintrain import context, sharding
+from mintrain.config import Mesh
+from mintrain.layers import attend, splash
+from mintrain.layers.attend import Places
+from mintrain.layers.cache import KV, whole
+
+BATCH, SCALE = 2, 0.3
+
+
+def places(length: int) -> Places:
+    """Packed documents that end inside blocks and at their edges, and padding at the end of the second row."""
+    starts = np.zeros((BATCH, length), bool)
+    starts[0, [0, 37, 128, 200]] = starts[1, [0, 90]] = True
+    segments = np.cumsum(starts, axis=1, dtype=np.int32)
+    at = np.arange(length, dtype=np.int32)
+    positions = at - np.maximum.accumulate(np.where(starts, at, 0), axis=1)
+    segments[1, -50:] = positions[1, -50:] = 0
+    return Places(jnp.asarray(positions, jnp.int32), jnp.asarray(segments))
+
+
+def plain(at: Places, softcap: float | None, window: int | None, q, k, v):
+    mask = attend.visible(at.positions, at.positions, at.segments, at.segments, window)
+    return jnp.moveaxis(attend.attend(jnp.moveaxis(q, 1, 3), k, v, mask, SCALE, softcap), 3, 1)
+
+
+def dealt(length: int, devices: int) -> np.ndarray:
+    """Where the tokens come from that lie one after the other on the devices of `context`."""
+    parts = np.arange(length).reshape(2 * devices, -1)
+    return parts[[i for device in range(devices) for i in (device, 2 * devices - 1 - device)]].reshape(-1)
+
+
+def fused(cfg: Mesh, at: Places, softcap: float | None, window: int | None, q, k, v):
+    """The same in the kernel, on a mesh."""
+    mesh, heads = sharding.make_mesh(cfg), "tensor" if cfg.tensor > 1 else None
+    order = dealt(q.shape[1], cfg.context)
+
+    def inside(q, k, v, positions, segments):
+        keys = whole(KV(k, v, positions, segments))
+        where = Places(positions, segments), Places(keys.positions, keys.segments)
+        return attend.attend_places(q, keys.k, keys.v, *where, SCALE, softcap, window, context.starts(q.shape[1]))
+
+    specs = (P("fsdp", "context", heads), *[P("fsdp", heads, "context")] * 2, *[P("fsdp", "context")] * 2)
+    arrays = q[:, order], k[:, :, order], v[:, :, order], at.positions[:, order], at.segments[:, order]
+    arrays = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    out = jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=specs[0])(*arrays)
+    return jax.sharding.reshard(out, NamedSharding(mesh, P()))[:, np.argsort(order)]
+
+
+def compare(monkeypatch, dtype, mesh, length, heads, group, head, value, softcap, window) -> tuple[float, float]:
+    """The largest differences of values and of gradients, relative to the largest of each."""
+    monkeypatch.setattr(attend, "fits", lambda run: run % splash.LANES == 0)
+    monkeypatch.setattr(splash, "BLOCK", 256)
+    draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    arrays = [draw(0, BATCH, length, heads, group, head)]
+    arrays += [draw(1, BATCH, heads, length, head), draw(2, BATCH, heads, length, value)]
+    weights = np.random.default_rng(3).normal(size=(BATCH, length, heads, group, value)).astype(np.float32)
+    at = places(length)
+
+    def both(form, arrays):
+        total = lambda *arrays: (
+            jnp.sum((out := form(at, softcap, window, *arrays)).astype(jnp.float32) * weights),
+            out,
+        )
+        (_, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        return [np.asarray(x, np.float64) for x in (out, *grads)]
+
+    exact = both(plain, [x.astype(jnp.float32) for x in arrays])
+    ours = both(partial(fused, mesh), arrays)
+    assert not ours[0][1, -50:].any() and not ours[1][1, -50:].any()  # padding is exactly 0, and so are its gradients
+    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, exact, strict=True)]
+    return errors[0], max(errors[1:])
+
+
+CASES = {
+    "one key head for two queries, all keys": (dict(mesh=Mesh()), dict(heads=2, group=2, head=64, value=64)),
+    "soft caps": (dict(softcap=5.0), dict(heads=2, group=3, head=64, value=64)),
+    "window of one": (dict(window=1), dict(heads=1, group=2, head=32, value=32)),
+    "window that ends in a block": (dict(window=70, softcap=5.0), dict(heads=2, group=2, head=64, value=64)),
+    "window of a block": (dict(window=128), dict(heads=2, group=1, head=128, value=128)),
+    "window beyond the sequence": (dict(window=1000), dict(heads=1, group=2, head=64, value=64)),
+    "latent attention": (dict(), dict(heads=3, group=1, head=192, value=128)),
+    "head_dim 256, local": (dict(window=100), dict(heads=1, group=2, head=256, value=256)),
+    "head_dim 512, global": (dict(), dict(heads=1, group=2, head=512, value=512)),
+    "uneven length": (dict(window=200), dict(heads=1, group=2, head=64, value=64, length=640)),
+    "on a mesh": (dict(mesh=Mesh(fsdp=2, context=2, tensor=2)), dict(heads=2, group=2, head=64, value=64, length=512)),
+    "window on a mesh": (
+        dict(mesh=Mesh(fsdp=2, context=2, tensor=2), window=150),
+        dict(heads=2, group=2, head=64, value=64, length=512),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_gives_the_plain_forms_values_and_gradients(case, dtype, monkeypatch):
+    how = dict(mesh=Mesh(), softcap=None, window=None, length=384) | CASES[case][0] | CASES[case][1]
+    value, gradient = compare(monkeypatch, dtype, **how)
+    assert value < (1e-5 if dtype == "float32" else 4e-3)
+    assert gradient < (1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_away_from_a_tpu_the_plain_form_is_used():
+    assert not splash.on_tpu() and not splash.fits(256)
