@@ -8,10 +8,11 @@ nothing reads, and its gradient is the carrier's.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from mintrain.arrays import Weight, weights
 from mintrain.block import Block
+from mintrain.collectives import unchecked
 from mintrain.lora import Adapted
 from mintrain.model import LM
 
@@ -22,25 +23,35 @@ class Carried(eqx.Module):
     block: Block | Adapted
     carriers: Block | Adapted
 
-    def __call__(self, *inputs):
-        join = lambda carrier, weight: weight if carrier is None else attach(weight, carrier)
-        return jax.tree.map(join, self.carriers, self.block, is_leaf=lambda leaf: leaf is None)(*inputs)
+    def __call__(self, x: Float[Array, "token embed"], *inputs):
+        x, block = attach(x, self.block, self.carriers)
+        return block(x, *inputs)
 
 
 @jax.custom_vjp
-def attach(weight: Float32[Array, "..."], carrier: Float[Array, "..."]) -> Float32[Array, "..."]:
-    """`weight`, whose gradient is given to `carrier`.
+def attach(
+    x: Float[Array, "token embed"], block: PyTree[Array], carriers: PyTree[Array]
+) -> tuple[Float[Array, "token embed"], PyTree[Array]]:
+    """A layer's input and weights, whose gradients are given to its carriers.
 
-    Behind a barrier: the compiler would cast the weights of all layers before the first, and keep them.
+    The layer before waits for them: the compiler would put off their products, and keep what they are made of.
     """
-    return jax.lax.optimization_barrier(weight)
+    return x, block
 
 
-def _backward(like: Float[Array, "0"], g: Float32[Array, "..."]) -> tuple[None, Float[Array, "..."]]:
-    return None, g.astype(like.dtype)
+def _forward(x, block, carriers):
+    return (x, block), jax.tree.map(lambda carrier: jnp.zeros(0, carrier.dtype), carriers)
 
 
-attach.defvjp(lambda weight, carrier: (attach(weight, carrier), jnp.zeros(0, carrier.dtype)), _backward)
+def _backward(like, gradients):
+    dx, dblock = gradients
+    narrow = lambda like, g: None if like is None else g.astype(like.dtype)
+    carried = jax.tree.map(narrow, like, dblock, is_leaf=lambda leaf: leaf is None)
+    dx = unchecked(lambda *all: jax.lax.optimization_barrier(all)[-1], carried, dx)
+    return dx, None, carried
+
+
+attach.defvjp(_forward, _backward)
 
 
 def gradient_dtype(weight: Weight, compute_dtype: str) -> str:

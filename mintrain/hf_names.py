@@ -28,7 +28,7 @@ GEMMA = TABLE | {
     "attention.q": ("self_attn.q_proj.weight", "(kv_heads group head) embed -> embed kv_heads group head"),
     "attention.k": ("self_attn.k_proj.weight", "(kv_heads head) embed -> embed kv_heads head"),
     "attention.v": ("self_attn.v_proj.weight", "(kv_heads head) embed -> embed kv_heads head"),
-    "attention.o": ("self_attn.o_proj.weight", "embed (kv_heads group head) -> kv_heads group head embed"),
+    "attention.o": ("self_attn.o_proj.weight", "embed heads_value -> heads_value embed"),
     "attention.q_norm.scale": ("self_attn.q_norm.weight", SAME),
     "attention.k_norm.scale": ("self_attn.k_norm.weight", SAME),
     "attention_post_norm.scale": ("post_attention_layernorm.weight", SAME),
@@ -57,7 +57,7 @@ DEEPSEEK = TABLE | {
     "attention.kv_a": ("self_attn.kv_a_proj_with_mqa.weight", "compressed embed -> embed compressed"),
     "attention.kv_norm.scale": ("self_attn.kv_a_layernorm.weight", SAME),
     "attention.kv_b": ("self_attn.kv_b_proj.weight", "(heads nope_v) kv_latent -> kv_latent heads nope_v"),
-    "attention.o": ("self_attn.o_proj.weight", "embed (heads v) -> heads v embed"),
+    "attention.o": ("self_attn.o_proj.weight", "embed heads_value -> heads_value embed"),
     "attention.indexer.q": (
         "self_attn.indexer.wq_b.weight",
         "(index_heads index_dim) q_latent -> q_latent index_heads index_dim",

@@ -127,21 +127,19 @@ def make(cfg: Config, name: str) -> Plan:
     start = time.perf_counter()
     try:
         used = traced.lower().compile().memory_analysis()
-        arguments, temporary = used.argument_size_in_bytes, used.temp_size_in_bytes
-        peak = arguments + used.output_size_in_bytes - used.alias_size_in_bytes + temporary
+        arguments, peak = used.argument_size_in_bytes, used.peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
         sizes = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(error))
         if not sizes:
             raise
         arguments = bytes_per_device(state) + bytes_per_device(batch)
         peak = float(sizes[1]) * (GIB if sizes[2] == "G" else 1 << 20)
-        temporary = peak - arguments
     compile_s = time.perf_counter() - start
     memory = {
         "parameters": bytes_per_device(state.model),
         "optimizer": bytes_per_device(state.opt),
         "arguments": arguments,
-        "temporaries": temporary,
+        "temporaries": peak - arguments,
         "peak": peak,
     }
     collectives: dict[str, list[float]] = {}

@@ -22,6 +22,7 @@ LAYOUT = {
     "vocab": "tensor",
     "ff": "tensor",
     "heads": "tensor",
+    "heads_value": "tensor",
     "kv_heads": "tensor",
     "experts": "expert",
     "batch": DATA_AXES,  # of a cache, like the next one

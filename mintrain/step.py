@@ -25,6 +25,12 @@ from mintrain.optim import Rounded, optimizer, schedule, trainable
 from mintrain.sharding import BATCH, named, place, specs, state_specs
 
 AnyMesh = Mesh | AbstractMesh
+TPU_OPTIONS = {
+    # Weights that are read as bfloat16 would become bfloat16 before the first layer, all of them: a second copy.
+    "xla_jf_bf16_propagation": "false",
+    # What a layer's gradients wait for (carriers.py) they wait for in the schedule too.
+    "xla_tpu_aggressive_opt_barrier_removal": "DISABLED",
+}
 OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]] | Rounded  # optax's: moments and counts
 EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
 
@@ -182,7 +188,9 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         lr = learning_rate(state.step - state.skipped)
         return new, metrics(report, counts, grad_norm, lr, finite, new.skipped)
 
-    return jax.jit(train_step, donate_argnums=0)
+    device = mesh.abstract_mesh.abstract_device
+    options = TPU_OPTIONS if device is not None and device.platform == "tpu" else None
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
 def balance_experts(model: LM, report: Report) -> LM:

@@ -136,7 +136,7 @@ def test_every_weight_is_laid_out_by_its_names_and_the_axis_of_repeats_is_not_sp
     assert layouts["embedding.table"] == P("tensor", "fsdp")
     assert layouts["norm.scale"] == P(None)
     assert layouts["stages[0][0].attention.q"] == P(None, "fsdp", "tensor", None, None)
-    assert layouts["stages[0][1].attention.o"] == P(None, "tensor", None, None, "fsdp")
+    assert layouts["stages[0][1].attention.o"] == P(None, "tensor", ("fsdp", "expert"))
     assert layouts["stages[0][1].mlp.down"] == P(None, "tensor", "fsdp")
     assert layouts["stages[0][1].scalar"] == P(None)
     for weight in arrays.weights(model):

@@ -10,12 +10,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mintrain import context, sharding
+from mintrain.collectives import all_gather
 from mintrain.config import Mesh
 from mintrain.layers import attend, splash
 from mintrain.layers.attend import Places
-from mintrain.layers.cache import KV, whole
 
-BATCH, SCALE = 2, 0.3
+BATCH, SCALE = 2, 1 / 8
 
 
 def places(length: int) -> Places:
@@ -42,15 +42,18 @@ def dealt(length: int, devices: int) -> np.ndarray:
 
 def fused(cfg: Mesh, at: Places, softcap: float | None, window: int | None, q, k, v):
     """The same in the kernel, on a mesh."""
-    mesh, heads = sharding.make_mesh(cfg), "tensor" if cfg.tensor > 1 else None
+    mesh = sharding.make_mesh(cfg)
     order = dealt(q.shape[1], cfg.context)
 
     def inside(q, k, v, positions, segments):
-        keys = whole(KV(k, v, positions, segments))
-        where = Places(positions, segments), Places(keys.positions, keys.segments)
-        return attend.attend_places(q, keys.k, keys.v, *where, SCALE, softcap, window, context.starts(q.shape[1]))
+        gathered = "batch heads/tensor key/context head -> batch heads/tensor key head"
+        k, v = (context.in_order(all_gather(gathered, x), axis=2) for x in (k, v))
+        whole = lambda x: context.in_order(all_gather("batch key/context -> batch key", x), axis=1)
+        where = Places(positions, segments), Places(whole(positions), whole(segments))
+        starts = context.starts(q.shape[1])
+        return attend.attend_places(q, k, v, *where, SCALE, softcap, window, starts)
 
-    specs = (P("fsdp", "context", heads), *[P("fsdp", heads, "context")] * 2, *[P("fsdp", "context")] * 2)
+    specs = (P("fsdp", "context", "tensor"), *[P("fsdp", "tensor", "context")] * 2, *[P("fsdp", "context")] * 2)
     arrays = q[:, order], k[:, :, order], v[:, :, order], at.positions[:, order], at.segments[:, order]
     arrays = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
     out = jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=specs[0])(*arrays)
@@ -58,7 +61,7 @@ def fused(cfg: Mesh, at: Places, softcap: float | None, window: int | None, q, k
 
 
 def compare(monkeypatch, dtype, mesh, length, heads, group, head, value, softcap, window) -> tuple[float, float]:
-    """The largest differences of values and of gradients, relative to the largest of each."""
+    """The root mean squares of what values and gradients differ by, relative to those of the plain form in float32."""
     monkeypatch.setattr(attend, "fits", lambda run: run % splash.LANES == 0)
     monkeypatch.setattr(splash, "BLOCK", 256)
     draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
@@ -78,14 +81,14 @@ def compare(monkeypatch, dtype, mesh, length, heads, group, head, value, softcap
     exact = both(plain, [x.astype(jnp.float32) for x in arrays])
     ours = both(partial(fused, mesh), arrays)
     assert not ours[0][1, -50:].any() and not ours[1][1, -50:].any()  # padding is exactly 0, and so are its gradients
-    errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, exact, strict=True)]
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, exact, strict=True)]
     return errors[0], max(errors[1:])
 
 
 CASES = {
     "one key head for two queries, all keys": (dict(mesh=Mesh()), dict(heads=2, group=2, head=64, value=64)),
     "soft caps": (dict(softcap=5.0), dict(heads=2, group=3, head=64, value=64)),
-    "window of one": (dict(window=1), dict(heads=1, group=2, head=32, value=32)),
+    "window of two": (dict(window=2), dict(heads=1, group=2, head=32, value=32)),
     "window that ends in a block": (dict(window=70, softcap=5.0), dict(heads=2, group=2, head=64, value=64)),
     "window of a block": (dict(window=128), dict(heads=2, group=1, head=128, value=128)),
     "window beyond the sequence": (dict(window=1000), dict(heads=1, group=2, head=64, value=64)),
@@ -106,9 +109,18 @@ CASES = {
 def test_the_kernel_gives_the_plain_forms_values_and_gradients(case, dtype, monkeypatch):
     how = dict(mesh=Mesh(), softcap=None, window=None, length=384) | CASES[case][0] | CASES[case][1]
     value, gradient = compare(monkeypatch, dtype, **how)
-    assert value < (1e-5 if dtype == "float32" else 4e-3)
+    assert value < (1e-5 if dtype == "float32" else 2e-3)
     assert gradient < (1e-5 if dtype == "float32" else 2e-2)
 
 
 def test_away_from_a_tpu_the_plain_form_is_used():
     assert not splash.on_tpu() and not splash.fits(256)
+
+
+def test_a_scale_that_is_no_power_of_two_costs_one_more_rounding_of_the_queries(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.SCALE", 1 / 12)  # Gemma 2 27B's
+    how = dict(mesh=Mesh(), softcap=None, window=None, length=384, heads=2, group=2, head=128, value=128)
+    value, gradient = compare(monkeypatch, "float32", **how)
+    assert value < 1e-5 and gradient < 1e-5
+    value, gradient = compare(monkeypatch, "bfloat16", **how)
+    assert value < 2.5e-3 and gradient < 2e-2

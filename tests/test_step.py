@@ -13,7 +13,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mintrain import arrays, logits, loss, sharding, step
+from mintrain import arrays, carriers, logits, loss, sharding, step
 from mintrain.config import Config, Data, Mesh, Model, Optim
 from mintrain.loss import Batch
 from mintrain.model import LM
@@ -141,6 +141,29 @@ def test_moments_in_bfloat16_take_half_the_memory_and_train_as_well():
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)  # the first loss is before any update
     np.testing.assert_allclose(ours[:, 0], expected[:, 0], rtol=2e-3)
     assert np.any(ours != expected)
+
+
+@pytest.mark.parametrize("model", [tiny.GEMMA4, tiny.DEEPSEEK], ids=["Gemma", "DeepSeek"])
+def test_a_layers_gradients_in_the_dtype_they_are_made_in_are_those_of_its_weights(model):
+    cfg = dataclasses.replace(tiny.CONFIG, model=model, compute_dtype="bfloat16")
+    mesh = sharding.make_mesh(cfg.mesh)
+    batch = jax.tree.map(lambda x: x[0], tiny.on_mesh(cfg, mesh, BATCHES[0]))
+    state = step.new_state(cfg, mesh)
+    shapes = carriers.carrier_shapes(step.abstract_model(cfg, mesh))
+    plain = step.sharded_loss(cfg, mesh, state.model)
+    ours = step.sharded_loss(cfg, mesh, carriers.carry(state.model, shapes))
+    counts = step.count(batch)
+    value = lambda model: plain(model, batch, counts)[0]
+    compile = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})  # every rounding as written
+    expected, wanted = compile(jax.value_and_grad(value))(state.model)
+    value = lambda carried: ours(carriers.carry(state.model, carried), batch, counts)[0]
+    got, gradients = compile(jax.value_and_grad(value))(carriers.zeros(shapes))
+    assert got == expected
+    narrow = 0
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(carriers.layers(wanted)), strict=True):
+        narrow += ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours.astype(jnp.float32), theirs)
+    assert narrow > 5
 
 
 # ------------------------------------------------------------------------- updates that are not finite

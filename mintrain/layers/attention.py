@@ -1,7 +1,8 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) of Gemma 2, 3 and 4; one module, configured by data.
 
-batch, seq: this device's sequences, `seq` dealt over `context` (context.py).  token: batch * seq.  embed: residual stream.
-kv_heads, group: the query heads that share a key head.  head: width of a head.
+batch, seq: this device's sequences, `seq` dealt over `context` (context.py).  token: batch * seq.
+embed: residual stream.  kv_heads, group: the query heads that share a key head.  head: width of a head.
+heads_value: the values of all heads in one dim, split over `tensor` like the heads.
 """
 
 import equinox as eqx
@@ -24,7 +25,7 @@ class Attention(eqx.Module):
     q: Float32[Array, "embed kv_heads group head"]
     k: Float32[Array, "embed kv_heads head"] | None  # None: keys and values are those of an earlier layer
     v: Float32[Array, "embed kv_heads head"] | None  # None: the values are the raw keys
-    o: Float32[Array, "kv_heads group head embed"]
+    o: Float32[Array, "heads_value embed"]
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     cfg: config.Attention = eqx.field(static=True)
@@ -39,7 +40,7 @@ class Attention(eqx.Module):
             q=normal(keys[0], (d, n, g, h), fan_in=d),
             k=None if c.shares_kv else normal(keys[1], (d, n, h), fan_in=d),
             v=None if c.shares_kv or c.k_is_v else normal(keys[2], (d, n, h), fan_in=d),
-            o=normal(keys[3], (n, g, h, d), fan_in=n * g * h),
+            o=normal(keys[3], (n * g * h, d), fan_in=n * g * h),
             q_norm=norm(c.q_norm_init),
             k_norm=None if c.shares_kv else norm(1.0),
             cfg=c,
@@ -70,11 +71,9 @@ class Attention(eqx.Module):
         runs = starts(positions.shape[1]) if cache is None else None
         out = attend_places(q, keys.k, keys.v, *at, c.scale, c.softcap, c.window, runs)
 
-        out = rearrange(out, "b s n g h -> (b s) n g h")
-        w_o = gather(
-            "kv_heads/tensor group head embed/fsdp/expert -> kv_heads/tensor group head embed", self.o, x.dtype
-        )
-        out = psum(jnp.einsum("tngh,nghd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
+        out = rearrange(out, "b s n g h -> (b s) (n g h)")
+        w_o = gather("heads_value/tensor embed/fsdp/expert -> heads_value/tensor embed", self.o, x.dtype)
+        out = psum(jnp.einsum("tv,vd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
         return out.astype(x.dtype), kv
 
     def _kv(

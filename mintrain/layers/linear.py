@@ -15,5 +15,5 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Float32[Ar
 
 
 def gather(spec: str, weight: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """The weight in the compute dtype, whole over `fsdp` and `expert`. The backward pass gathers it again (model.py)."""
+    """In the compute dtype, whole over `fsdp` and `expert`. The backward pass gathers it again (model.py)."""
     return checkpoint_name(all_gather(spec, weight.astype(dtype)), "gathered")

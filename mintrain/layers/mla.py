@@ -1,9 +1,10 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), dense or over chosen keys (V3.2).
 
-batch, seq: this device's sequences, `seq` dealt over `context` (context.py).  token: batch * seq.  embed: residual stream.
-heads: split over `tensor`.  q_lora, kv_lora: ranks.  q_latent, kv_latent: the same as rows of a weight, over `fsdp` and
-`expert`.
-head: nope + rope, what q·k sums over.  v: width of a value.  compressed: kv_lora + rope, what is kept of a key.
+batch, seq: this device's sequences, `seq` dealt over `context` (context.py).  token: batch * seq.
+embed: residual stream.  heads: split over `tensor`.  q_lora, kv_lora: ranks.
+q_latent, kv_latent: the same as rows of a weight, over `fsdp` and `expert`.
+head: nope + rope, what q·k sums over.  v: width of a value.  heads_value: of all heads.
+compressed: kv_lora + rope, what is kept of a key.
 """
 
 import equinox as eqx
@@ -34,7 +35,7 @@ class MLA(eqx.Module):
     kv_a: Float32[Array, "embed compressed"]
     kv_norm: RMSNorm
     kv_b: Float32[Array, "kv_latent heads nope_v"]
-    o: Float32[Array, "heads v embed"]
+    o: Float32[Array, "heads_value embed"]
     indexer: Indexer | None
     cfg: config.MLA = eqx.field(static=True)
     warmup: bool = eqx.field(static=True)  # the indexer's dense warm-up: it learns, and attention sees every key
@@ -51,7 +52,7 @@ class MLA(eqx.Module):
             kv_a=normal(keys[2], (embed, c.kv_lora + c.rope_dim), fan_in=embed),
             kv_norm=norm(c.kv_lora),
             kv_b=normal(keys[3], (c.kv_lora, c.heads, c.nope + c.v), fan_in=c.kv_lora),
-            o=normal(keys[4], (c.heads, c.v, embed), fan_in=c.heads * c.v),
+            o=normal(keys[4], (c.heads * c.v, embed), fan_in=c.heads * c.v),
             indexer=Indexer.init(c.indexer, c, embed, key=keys[5]) if c.indexer else None,
             cfg=c,
             warmup=warmup,
@@ -102,9 +103,10 @@ class MLA(eqx.Module):
                 mixed = attend_places(absorb(q, up, c.nope)[:, :, None], k, k[..., : c.kv_lora], *at, scale)[:, :, 0]
                 out = jnp.einsum("bsnc,cnv->bsnv", mixed, up[..., c.nope :])
 
-        w_o = gather("heads/tensor v embed/fsdp/expert -> heads/tensor v embed", self.o, x.dtype)
-        out = jnp.einsum("bsnv,nvd->bsd", out, w_o, preferred_element_type=jnp.float32)
-        return psum(rearrange(out, "b s d -> (b s) d"), "tensor").astype(x.dtype), kl, kept
+        out = rearrange(out, "b s n v -> (b s) (n v)")
+        w_o = gather("heads_value/tensor embed/fsdp/expert -> heads_value/tensor embed", self.o, x.dtype)
+        out = psum(jnp.einsum("tv,vd->td", out, w_o, preferred_element_type=jnp.float32), "tensor")
+        return out.astype(x.dtype), kl, kept
 
     def _queries(
         self, x: Float[Array, "token embed"]

@@ -2,21 +2,19 @@
 
 batch: sequences.  query: a run of consecutive tokens.  key: the whole sequence, in order.  kv_heads, group: the query
 heads that share a key head, which is not repeated.  head: width of a query and key.  value: of a value.
-Blocks of keys that no query of a block sees are neither fetched nor computed. Elsewhere than on a TPU it is interpreted:
-the tests hold it to the plain form (attend.py) that way.
+Blocks of keys that no query of a block sees are neither fetched nor computed. Elsewhere than on a TPU it is
+interpreted: the tests hold it to the plain form (attend.py) that way.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int32
 
-from mintrain.collectives import vary_like
+from mintrain.collectives import unchecked, vary_like
 
 LANES = 128  # blocks are a multiple of it
 BLOCK = 512  # tokens of a block of queries or keys, at most
@@ -88,15 +86,15 @@ def _part(x: Array, part: Int32[Array, ""] | int, parts: int) -> Array:
 
 @jax.custom_vjp
 def _attention(q, k, v, kernel, query_segments, key_segments):
-    return _unchecked(_run, kernel, q, k, v, query_segments, key_segments)
+    return unchecked(_run, kernel, q, k, v, query_segments, key_segments)
 
 
 def _forward(q, k, v, kernel, *segments):
-    return _unchecked(lambda *a: jax.vjp(partial(_run, a[0]), *a[1:]), kernel, q, k, v, *segments)
+    return unchecked(lambda *a: jax.vjp(partial(_run, a[0]), *a[1:]), kernel, q, k, v, *segments)
 
 
 def _backward(pull, g):
-    dq, dk, dv, *_ = _unchecked(lambda pull, g: pull(g), pull, g)
+    dq, dk, dv, *_ = unchecked(lambda pull, g: pull(g), pull, g)
     return dq, dk, dv, None, None, None
 
 
@@ -106,14 +104,3 @@ _attention.defvjp(_forward, _backward)
 def _run(kernel, q, k, v, query_segments, key_segments):
     each = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))
     return each(q, k, v, splash.SegmentIds(query_segments, key_segments))
-
-
-def _unchecked(function: Callable, *operands: PyTree[Array]) -> PyTree[Array]:
-    """`function` without the check of mesh axes. The results vary over the axes of the last operand."""
-
-    def forget(x: Array) -> Array:  # any operation in here makes a type without axes; the compiler drops these two
-        return jnp.swapaxes(jnp.swapaxes(x, 0, 1), 0, 1) if x.ndim > 1 else x
-
-    inside = lambda *operands: function(*jax.tree.map(forget, operands))
-    out = jax.shard_map(inside, in_specs=P(), out_specs=P(), axis_names=frozenset(), check_vma=False)(*operands)
-    return jax.tree.map(lambda x: vary_like(x, operands[-1]), out)

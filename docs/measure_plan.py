@@ -1,0 +1,94 @@
+"""What docs/scale.md says of every config: `python docs/measure_plan.py [NAME ...]`, about an hour on two cores.
+
+Each row is a plan (mintrain/plan.py), made in its own process. Rows that runs/plans.json has are not made again, so it
+goes on where it was stopped. Prints the tables.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mintrain import options, plan
+from mintrain.config import Config, Stage
+
+BF16 = ["--optim.moments", "bfloat16"]
+GEMMA = ("gemma4_31b", "gemma3_27b", "gemma2_27b", "gemma4_26b")
+ROWS = [  # config, layers or 0 for all, slice, options
+    *[
+        (name, 0, "v6e-32", ["--mesh.fsdp", "32", "--data.seq_len", length])
+        for length in ("2048", "4096")
+        for name in GEMMA
+    ],
+    ("deepseek32_671b", 8, "v6e-32", ["--mesh.expert", "32", *BF16]),
+    ("deepseek32_671b", 0, "v5p-256", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+    ("gemma3_1b", 0, "v6e-1", []),
+    ("gemma2_2b", 0, "v6e-4", []),
+    ("gemma3_4b", 0, "v6e-4", []),
+    ("gemma4_e2b", 0, "v6e-4", []),
+    ("gemma4_e4b", 0, "v6e-4", []),
+    ("gemma2_9b", 0, "v6e-8", []),
+    ("gemma3_12b", 0, "v6e-8", []),
+    ("deepseek2_16b", 0, "v6e-8", ["--mesh.expert", "8"]),
+    ("gemma2_27b", 0, "v6e-16", []),
+    ("gemma3_27b", 0, "v6e-16", []),
+    ("gemma4_26b", 0, "v6e-16", []),
+    ("gemma4_31b", 0, "v6e-16", []),
+    ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+    ("deepseek3_671b", 0, "v5p-256", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+]
+
+
+def cut(cfg: Config, layers: int) -> Config:
+    """The first `layers` layers, without the module that predicts further ahead."""
+    stages, left = [], layers
+    for stage in cfg.model.stages:
+        repeats = min(stage.repeats, left // len(stage.pattern))
+        stages += [Stage(stage.pattern, repeats)] if repeats else []
+        left -= repeats * len(stage.pattern)
+    return replace(cfg, run=f"{cfg.run}_{layers}", model=replace(cfg.model, stages=tuple(stages), mtp=()))
+
+
+def make(name: str, layers: int, tpus: str, changes: list[str]) -> None:
+    cfg, *_ = options.load([f"configs/{name}.py", *changes])
+    cfg = plan.on_slice(cut(cfg, layers) if layers else cfg, tpus)
+    print(json.dumps(plan.make(cfg, tpus)._asdict()))
+
+
+def main(names: list[str]) -> None:
+    file = Path("runs/plans.json")
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    for row in ROWS:
+        key = json.dumps(row)
+        if key not in known and (not names or row[0] in names):
+            done = subprocess.run([sys.executable, __file__, "--row", key], capture_output=True, text=True)
+            last = (
+                done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+            )
+            known[key] = json.loads(last) if done.returncode == 0 else {"error": last}
+            print(key, last[:300], flush=True)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(known, indent=1))
+    print("| config | slice | mesh | tokens a chip | parameters and state | peak | of | compiled in | predicted MFU |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for key, found in known.items():
+        name, layers, _, changes = json.loads(key)
+        if "error" in found:
+            print(f"| {name} | {found['error']} |")
+            continue
+        cfg, *_ = options.load([f"configs/{name}.py", *changes])
+        gib = found["memory_gib"]
+        what = f"`{name}`" + (f", {layers} layers" if layers else "") + (", bf16 moments" if BF16[0] in changes else "")
+        print(
+            f"| {what} | {found['topology']} | {found['mesh']} | {cfg.data.seq_len} | {gib['arguments']:.1f} | "
+            f"{gib['peak']:.1f}{'' if found['fits'] else ' (too much)'} | {found['available_gib']:.1f} | "
+            f"{found['compile_s']:.0f} s | {found['predicted']['mfu']:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--row"]:
+        make(*json.loads(sys.argv[2]))
+    else:
+        main(sys.argv[1:])
