@@ -13,7 +13,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mintrain.arrays import Weight, weights
-from mintrain.audit import proved
+from mintrain.audit import audit, proved
 from mintrain.config import Config, Mesh
 from mintrain.loss import Counts
 from mintrain.optim import trainable
@@ -28,7 +28,7 @@ def report(cfg: Config) -> str:
     mesh = abstract_mesh(cfg.mesh)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     validate(cfg.mesh, state.model)
-    found = proved(make_train_step(cfg, mesh).trace(state, batch).jaxpr)
+    found = proved(audit(make_train_step(cfg, mesh).trace(state, batch).jaxpr))
     tokens = cfg.batch_size * cfg.data.seq_len
     trained, _ = eqx.partition(state.model, trainable(cfg, state.model))
     parameters = [w for w in weights(state.model) if not w.buffer]
