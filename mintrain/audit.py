@@ -70,18 +70,21 @@ class Memory:
         self.taint = taint
 
 
-def _walk(jaxpr: Jaxpr, inputs: list[Taint | Memory], found: set[Finding]) -> list[Taint]:
-    """What the results of `jaxpr` come from, if its inputs come from `inputs`."""
+def _walk(jaxpr: Jaxpr, inputs: list[Taint | Memory], found: set[Finding], kernel: str = "") -> list[Taint]:
+    """What the results of `jaxpr` come from, if its inputs come from `inputs`.
+
+    kernel: the Pallas kernel that it runs in. Of what is called in a custom gradient, jax knows only that call's line.
+    """
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: NOTHING if isinstance(atom, Literal) else known.get(atom, NOTHING)
     for eqn in jaxpr.eqns:
         taints = [read(atom) for atom in eqn.invars]
-        name, where = eqn.primitive.name, source_info_util.summarize(eqn.source_info)
+        name, where = eqn.primitive.name, source_info_util.summarize(eqn.source_info) + kernel
         if name in PRODUCTS:
             dtype = str(eqn.outvars[0].aval.dtype)
             outputs = [frozenset([Product(dtype, dtype, where)])]
         elif any(name in eqn.params for name in HOLDS):
-            outputs = _inside(eqn, taints, found)
+            outputs = _inside(eqn, taints, found, kernel)
         else:
             memories = [taint for taint in taints if isinstance(taint, Memory)]
             everything = frozenset().union(*(t.taint if isinstance(t, Memory) else t for t in taints))
@@ -96,13 +99,13 @@ def _walk(jaxpr: Jaxpr, inputs: list[Taint | Memory], found: set[Finding]) -> li
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inside(eqn, taints: list[Taint | Memory], found: set[Finding]) -> list[Taint]:
+def _inside(eqn, taints: list[Taint | Memory], found: set[Finding], kernel: str) -> list[Taint]:
     """Through an equation that holds programs. Loops are walked until nothing new comes back around."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         fixed, carried = params["num_consts"], params["num_carry"]
         while True:
-            outputs = _walk(params["jaxpr"].jaxpr, taints, found)
+            outputs = _walk(params["jaxpr"].jaxpr, taints, found, kernel)
             joined = [a | b for a, b in zip(taints[fixed : fixed + carried], outputs[:carried], strict=True)]
             if joined == taints[fixed : fixed + carried]:
                 return outputs
@@ -111,13 +114,13 @@ def _inside(eqn, taints: list[Taint | Memory], found: set[Finding]) -> list[Tain
         test, body = params["cond_nconsts"], params["body_nconsts"]
         carry = taints[test + body :]
         while True:
-            outputs = _walk(params["body_jaxpr"].jaxpr, [*taints[test : test + body], *carry], found)
+            outputs = _walk(params["body_jaxpr"].jaxpr, [*taints[test : test + body], *carry], found, kernel)
             joined = [a | b for a, b in zip(carry, outputs, strict=True)]
             if joined == carry:
                 return joined
             carry = joined
     if name == "cond":
-        branches = [_walk(branch.jaxpr, taints[1:], found) for branch in params["branches"]]
+        branches = [_walk(branch.jaxpr, taints[1:], found, kernel) for branch in params["branches"]]
         return [frozenset().union(*parts) for parts in zip(*branches, strict=True)]
     if name == "pallas_call":
         return _kernel(eqn, taints, found)
@@ -125,7 +128,7 @@ def _inside(eqn, taints: list[Taint | Memory], found: set[Finding]) -> list[Tain
     inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
     if len(inner.invars) != len(taints):
         raise NotImplementedError(f"the audit does not know how {name} passes its operands on; add it to audit.py")
-    return _walk(inner, taints, found)
+    return _walk(inner, taints, found, kernel)
 
 
 def _kernel(eqn, taints: list[Taint], found: set[Finding]) -> list[Taint]:
@@ -139,7 +142,7 @@ def _kernel(eqn, taints: list[Taint], found: set[Finding]) -> list[Taint]:
     references += [Memory() for _ in body.invars[len(references) :]]  # scratch
     before = None
     while before != (before := [memory.taint for memory in references]):
-        _walk(body, references, found)
+        _walk(body, references, found, f" in {body.debug_info.func_src_info}")
     return [memory.taint for memory in outputs]
 
 
