@@ -56,10 +56,11 @@ def ordered(found: set[Finding]) -> list[Finding]:
     return sorted(found, key=lambda finding: (not finding.faulty, *finding))
 
 
-def proved(findings: list[Finding]) -> list[Finding]:
+def proved(findings: list[Finding], program: str = "traced") -> list[Finding]:
     """The same, where none is a fault. Raises TypeError that names every one otherwise."""
     if faults := [str(finding) for finding in findings if finding.faulty]:
-        raise TypeError(f"the contract is broken in {len(faults)} places: {'; '.join(faults)}")
+        where = f"{len(faults)} places of the {program} program"
+        raise TypeError(f"the contract is broken in {where}: {'; '.join(faults)}")
     return findings
 
 

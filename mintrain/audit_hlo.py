@@ -45,6 +45,8 @@ class Instruction(NamedTuple):
 def audit(text: str) -> list[Finding]:
     """As `audit.audit`, of the text of a compiled program."""
     program = Program(text)
+    if not any(it.op in PRODUCTS for steps in program.computations.values() for it in steps):
+        raise NotImplementedError("the audit finds no matrix product in the compiled program: audit_hlo.py cannot read it")
     program.run(program.entry, ())
     return ordered(program.found)
 
@@ -76,7 +78,7 @@ class Program:
         if (name, operands) not in self.walked:
             known: dict[str, Value] = {}
             for it in self.computations[name]:
-                value = self._value(name, it, [known.get(operand, NOTHING) for operand in it.operands], operands)
+                value = self._value(name, it, [known[operand] for operand in it.operands], operands)
                 known[it.name] = value if isinstance(value, tuple) else _narrowed(value, it.type)
             self.walked[name, operands] = known[self.roots[name]]
         return self.walked[name, operands]
