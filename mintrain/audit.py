@@ -7,7 +7,7 @@ way: what goes into it are activations, which have the compute dtype by design. 
 program that the compiler makes of it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +100,7 @@ def _walk(jaxpr: Jaxpr, inputs: list[Taint | Memory], found: set[Finding], kerne
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inside(eqn, taints: list[Taint | Memory], found: set[Finding], kernel: str) -> list[Taint]:
+def _inside(eqn, taints: list[Any], found: set[Finding], kernel: str) -> list[Taint]:
     """Through an equation that holds programs. Loops are walked until nothing new comes back around."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":

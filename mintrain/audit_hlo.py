@@ -3,16 +3,16 @@
 The compiler fuses, reorders and casts as it likes. In its text this follows the result of every `convolution` and `dot`
 (a TPU's matrix products) through fusions, loops, calls and branches to exponentials, sorts and top-k calls. Operands'
 dtypes do not matter: products of bfloat16 are exact in float32. A Pallas kernel is opaque here and ends the way, as a
-product does; its body was walked in the traced program. The exponential in a sigmoid, 1 / (1 + exp(-x)), does not count,
-as it does not there, where it is one operation: an activation has the compute dtype by design.
+product does; its body was walked in the traced program. The exponential of a sigmoid, 1 / (1 + exp(-x)), does not
+count: there it is one operation, an activation, which has the compute dtype by design.
 """
 
 import re
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from mintrain.audit import NOTHING, Finding, Product, Taint, narrowed, ordered
 
-Value = Union[Taint, tuple["Value", ...]]  # of an array, or of the elements of a tuple
+Value = Taint | tuple["Value", ...]  # of an array, or of the elements of a tuple
 PRODUCTS = {"convolution", "dot", "ragged-dot"}
 OPAQUE = {"tpu_custom_call"}  # Pallas kernels, jax's and the compiler's own
 RANKS = {"TopK", "PartialReduce"}  # what top-k becomes where it is not a sort
@@ -46,7 +46,7 @@ def audit(text: str) -> list[Finding]:
     """As `audit.audit`, of the text of a compiled program."""
     program = Program(text)
     if not any(it.op in PRODUCTS for steps in program.computations.values() for it in steps):
-        raise NotImplementedError("the audit finds no matrix product in the compiled program: audit_hlo.py cannot read it")
+        raise NotImplementedError("audit_hlo.py finds no matrix product in the compiled program, and so cannot read it")
     program.run(program.entry, ())
     return ordered(program.found)
 

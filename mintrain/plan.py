@@ -1,9 +1,9 @@
 """`--plan TOPOLOGY`: the whole train step compiled by the TPU's own compiler, on a machine without a TPU.
 
 Memory is the compiler's, and the program it made is audited as the traced one is. FLOPs and collectives are counted in
-the traced program, per device, through scans, Pallas kernels and what the backward pass computes again. The step time is a prediction and no measurement: the largest of the products' FLOPs,
-three times the arguments (the state is read and written, gradients are written; activations are left out) and what
-collectives receive, each divided by the chip's rate.
+the traced program, per device, through scans, Pallas kernels and what the backward pass computes again. The step time
+is a prediction and no measurement: the largest of the products' FLOPs, three times the arguments (the state is read and
+written, gradients are written; activations are left out) and what collectives receive, each over the chip's rate.
 """
 
 import json

@@ -149,9 +149,9 @@ def test_four_planted_faults_are_named_in_the_compiled_program(monkeypatch):
     jax.clear_caches()
     faults = [finding for finding in compiled(SPARSE, 16) if finding.faulty]
     for name, place in REACHED.items():
-        assert any(
-            re.search(r"test_audit\.py:\d+", f.product.where) and re.search(place, f.where) for f in faults
-        ), name
+        assert any(re.search(r"test_audit\.py:\d+", f.product.where) and re.search(place, f.where) for f in faults), (
+            name
+        )
     with pytest.raises(TypeError, match=r"of the compiled program: product at .*test_audit\.py:\d+.*bfloat16"):
         audit.proved(faults, "compiled")
 

@@ -133,7 +133,7 @@ def test_the_flops_of_the_kernels_are_those_of_the_blocks_that_they_visit(window
     products = 2 * 2 * heads * head * run / length  # q·k and p·v of a pair of query and key
     assert counted == products * visited  # of the closed form, up to what the blocks' edges add
     assert products * seen.sum() <= counted <= products * (seen.sum() + 2 * block * length)
-    assert both == pytest.approx(4.5 * counted, rel=1e-3)  # the backward kernels make q·k twice more: 2 + 3 + 4 products
+    assert both == pytest.approx(4.5 * counted, rel=1e-3)  # 2 products forward, 3 and 4 backward
 
 
 def test_away_from_a_tpu_the_plain_form_is_used():
