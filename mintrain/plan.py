@@ -1,9 +1,9 @@
 """`--plan TOPOLOGY`: the whole train step compiled by the TPU's own compiler, on a machine without a TPU.
 
-Memory is the compiler's. FLOPs and collectives are counted in the traced program, per device, through scans and what
-the backward pass computes again. The step time is a prediction and no measurement: the largest of the products' FLOPs,
-three times the arguments (the state is read and written, gradients are written; activations are left out) and what
-collectives receive, each divided by the chip's rate.
+Memory is the compiler's, and the program it made is audited as the traced one is. FLOPs and collectives are counted in
+the traced program, per device, through scans, Pallas kernels and what the backward pass computes again. The step time
+is a prediction and no measurement: the largest of the products' FLOPs, three times the arguments (the state is read and
+written, gradients are written; activations are left out) and what collectives receive, each over the chip's rate.
 """
 
 import json
@@ -21,8 +21,8 @@ import numpy as np
 from jax.extend.core import Jaxpr
 from jax.sharding import AxisType
 
-from mintrain import options
-from mintrain.audit import proved
+from mintrain import audit_hlo, options
+from mintrain.audit import audit, proved
 from mintrain.check import forward_flops, jaxprs, matmul_flops
 from mintrain.config import Config, ConfigError, Mesh
 from mintrain.sharding import AXES, bytes_per_device, describe, validate
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     collectives: dict[str, list[float]]  # calls and received bytes of a device in a step
     compile_s: float
     predicted: dict[str, float]
-    audited: int
+    proved: dict[str, int]  # paths to an exponential or a choice; none compiled if it does not fit
 
 
 def parse(name: str) -> tuple[str, str]:
@@ -123,10 +123,12 @@ def make(cfg: Config, name: str) -> Plan:
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     validate(cfg.mesh, state.model)
     traced = make_train_step(cfg, mesh).trace(state, batch)
-    findings = proved(traced.jaxpr)
+    paths = {"traced": len(proved(audit(traced.jaxpr)))}
     start = time.perf_counter()
+    compiled = None
     try:
-        used = traced.lower().compile().memory_analysis()
+        compiled = traced.lower().compile()
+        used = compiled.memory_analysis()
         arguments, peak = used.argument_size_in_bytes, used.peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
         sizes = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(error))
@@ -135,6 +137,8 @@ def make(cfg: Config, name: str) -> Plan:
         arguments = bytes_per_device(state) + bytes_per_device(batch)
         peak = float(sizes[1]) * (GIB if sizes[2] == "G" else 1 << 20)
     compile_s = time.perf_counter() - start
+    if compiled is not None:
+        paths["compiled"] = len(proved(audit_hlo.audit(compiled.as_text()), "compiled"))
     memory = {
         "parameters": bytes_per_device(state.model),
         "optimizer": bytes_per_device(state.opt),
@@ -144,8 +148,9 @@ def make(cfg: Config, name: str) -> Plan:
     }
     collectives: dict[str, list[float]] = {}
     count_collectives(traced.jaxpr.jaxpr, dict(zip(AXES, cfg.mesh.sizes, strict=True)), 1, collectives)
-    computed = matmul_flops(traced.jaxpr.jaxpr, 1)
-    needed = 3 * forward_flops(cfg) / len(found)
+    computed = matmul_flops(traced.jaxpr)
+    one = jax.sharding.Mesh(np.array(found[:1]).reshape(Mesh().sizes), AXES, axis_types=axes)
+    needed = 3 * forward_flops(cfg, one) / len(found)
     received = sum(size for _, size in collectives.values())
     seconds = {
         "compute_s": computed / chip.flops,
@@ -166,7 +171,7 @@ def make(cfg: Config, name: str) -> Plan:
         collectives=collectives,
         compile_s=compile_s,
         predicted={**seconds, "step_s": step_s, "mfu": needed / chip.flops / step_s, "tokens_per_s_and_chip": tokens},
-        audited=len(findings),
+        proved=paths,
     )
 
 
@@ -271,10 +276,8 @@ def report(cfg: Config, name: str, fit: bool) -> tuple[str, bool]:
     rows += [f"  {'of these, not computed twice':40}{plan.flops['needed'] / 1e12:18.2f}"]
     for kind, (calls, size) in sorted(plan.collectives.items()):
         rows.append(f"  {kind:30}{calls:8,} calls {size / GIB:14.2f} GiB received")
-    rows += [
-        "",
-        f"compiled in {plan.compile_s:.0f} s; all {plan.audited} paths to an exponential or a choice are float32",
-    ]
+    paths = " and ".join(f"{count} in the {program} program" for program, count in plan.proved.items())
+    rows += ["", f"compiled in {plan.compile_s:.0f} s; all paths to an exponential or a choice are float32: {paths}"]
     rows += ["", "predicted, not measured: the slowest of"]
     rows += [
         f"  {k.removesuffix('_s'):40}{said[k] * 1e3:15.1f} ms" for k in ("compute_s", "memory_s", "interconnect_s")

@@ -2,15 +2,18 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from mintrain import audit, check, loss, step
-from mintrain.config import Config, Mesh, Stage
-from mintrain.layers import attend, router, sparse
+from mintrain.config import Config, Data, Mesh, Stage
+from mintrain.layers import attend, router, sparse, splash
 from mintrain.sharding import abstract_mesh
 
 
@@ -96,3 +99,52 @@ def test_dense_latent_attention_is_audited_too(monkeypatch):
     monkeypatch.setattr(attend, "attention_logits", narrow("bngqh,bnkh->bngqk"))
     jax.clear_caches()
     assert any(finding.faulty for finding in findings(model))
+
+
+KERNEL = r"splash_attention_kernel\.py:\d+.* in splash_mqa_{} at .*splash_attention_kernel\.py:\d+$"
+SPLASH = dict(data=Data(seq_len=128), per_device_batch_size=1)
+
+
+def test_the_products_inside_the_attention_kernels_are_found(monkeypatch):
+    """Forward and both backward kernels; the log-sum-exp goes from the first to the others. One layer has soft caps."""
+    monkeypatch.setattr(attend, "fits", lambda run: run % splash.LANES == 0)
+    found = findings(tiny.MODEL, **SPLASH)
+    assert not any(finding.faulty for finding in found)
+    for source, sink in [("fwd", "fwd"), ("dq", "dq"), ("dkv", "dkv"), ("fwd", "dq"), ("fwd", "dkv")]:
+        pair = [re.compile(KERNEL.format(rf"{kernel}\w*")) for kernel in (source, sink)]
+        assert any(pair[0].search(f.product.where) and pair[1].search(f.where) for f in found), (source, sink)
+
+
+def test_a_fault_planted_in_the_attention_kernel_is_named(monkeypatch):
+    def product(x, y, dims, preferred_element_type=None):
+        narrow = dims == kernel.NT_DIM_NUMBERS and x.dtype == jnp.bfloat16  # q·k and dO·v
+        out = jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.bfloat16 if narrow else preferred_element_type)
+        return out.astype(jnp.float32) if narrow else out
+
+    kernel = splash.splash
+    monkeypatch.setattr(attend, "fits", lambda run: run % splash.LANES == 0)
+    monkeypatch.setattr(kernel, "lax", types.SimpleNamespace(**{**vars(jax.lax), "dot_general": product}))
+    jax.clear_caches()
+    faults = [finding for finding in findings(tiny.MODEL, **SPLASH) if finding.faulty]
+    assert any(re.search(KERNEL.format(r"fwd\w*"), finding.product.where) for finding in faults)
+    with pytest.raises(TypeError, match=r"\(bfloat16\) reaches the exponential at .* in splash_mqa_fwd"):
+        audit.proved(faults)
+
+
+def test_what_a_kernel_keeps_between_steps_of_its_grid_is_followed():
+    """The exponential stands before the product in the kernel: only a later step sees what this one has stored."""
+
+    def kernel(x, y, out, kept):
+        out[...] = jnp.exp(kept[...])
+        kept[...] = (x[...] @ y[...]).astype(jnp.float32)
+
+    def call(dtype):
+        square = jnp.zeros((128, 128), dtype)
+        scratch = [pltpu.VMEM((128, 128), jnp.float32)]
+        shape = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+        return pl.pallas_call(kernel, grid=(2,), out_shape=shape, scratch_shapes=scratch)(square, square)
+
+    for dtype in ("bfloat16", "float32"):
+        (found,) = audit.audit(jax.make_jaxpr(call, static_argnums=0)(dtype))
+        assert found.faulty == (dtype == "bfloat16") and found.product.dtype == dtype
+        assert re.search(r"test_audit\.py:\d+.* in kernel at .*test_audit\.py:\d+", found.product.where)

@@ -55,7 +55,7 @@ def test_collectives_are_counted_through_scans_with_what_a_device_receives():
 
 def planned(cfg, gib: float) -> plan.Plan:
     """A plan of which only the memory is read."""
-    return plan.Plan("", "", 4, "", gib <= 16, {"peak": gib}, 16, {}, {}, 0, {}, 0)
+    return plan.Plan("", "", 4, "", gib <= 16, {"peak": gib}, 16, {}, {}, 0, {}, {})
 
 
 @settings(max_examples=50, deadline=None)
@@ -111,4 +111,5 @@ def test_the_tpu_compiler_compiles_the_whole_step(name, options, tmp_path):
     saved = json.loads((tmp_path / "runs" / name / "plan-v6e-2x2.json").read_text())
     assert 0 < saved["memory_gib"]["arguments"] < saved["memory_gib"]["peak"] < 1
     assert saved["collectives"]["all_gather"][1] > 0 and 0 < saved["predicted"]["mfu"] < 1
+    assert saved["proved"]["traced"] > 0 and saved["proved"]["compiled"] > 0
     assert ("ragged_all_to_all" in saved["collectives"]) == (name == "tiny_deepseek")

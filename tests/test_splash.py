@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mintrain import context, sharding
+from mintrain.check import matmul_flops
 from mintrain.collectives import all_gather
 from mintrain.config import Mesh
 from mintrain.layers import attend, splash
@@ -111,6 +112,31 @@ def test_the_kernel_gives_the_plain_forms_values_and_gradients(case, dtype, monk
     value, gradient = compare(monkeypatch, dtype, **how)
     assert value < (1e-5 if dtype == "float32" else 2e-3)
     assert gradient < (1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("run", [2048, 1024])  # the whole sequence, and one of two parts
+@pytest.mark.parametrize("window", [None, 300, 600])
+def test_the_flops_of_the_kernels_are_those_of_the_blocks_that_they_visit(window, run):
+    length, heads, head, block = 2048, 6, 64, splash.BLOCK
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+    arrays = shape(1, 2, heads // 2, run, head), *[shape(1, 2, length, head)] * 2
+    rest = shape(1, run, dtype=jnp.int32), shape(1, length, dtype=jnp.int32), shape(dtype=jnp.int32)
+    forward = lambda *arrays: jnp.sum(
+        splash.splash_attention(*arrays, 1.0, None, window).astype(jnp.float32), dtype=jnp.float32
+    )
+    with jax.set_mesh(jax.make_mesh((1,), ("x",))):
+        counted = matmul_flops(jax.jit(forward).trace(*arrays, *rest).jaxpr)
+        both = matmul_flops(jax.jit(jax.grad(forward, argnums=(0, 1, 2))).trace(*arrays, *rest).jaxpr)
+
+    place = np.arange(length)
+    seen = place[:, None] >= place
+    if window is not None:
+        seen &= place[:, None] - place < window
+    visited = seen.reshape(length // block, block, length // block, block).any(axis=(1, 3)).sum() * block**2
+    products = 2 * 2 * heads * head * run / length  # q·k and p·v of a pair of query and key
+    assert counted == products * visited  # of the closed form, up to what the blocks' edges add
+    assert products * seen.sum() <= counted <= products * (seen.sum() + 2 * block * length)
+    assert both == pytest.approx(4.5 * counted, rel=1e-3)  # 2 products forward, 3 and 4 backward
 
 
 def test_away_from_a_tpu_the_plain_form_is_used():
