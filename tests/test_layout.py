@@ -33,7 +33,7 @@ BESIDE = {
     "metrics": {"options"},
     "check": {"audit"},
     "plan": {"audit", "check", "options"},
-    "checkpoint": {"options"},
+    "checkpoint": {"hosts", "options"},
     "hf": {"hf_config", "hf_files", "hf_names", "checkpoint", "tokenizer"},
     "load": {"hf", "hf_config", "hf_files", "options", "checkpoint", "tokenizer"},
     "chat": {"tokenizer"},
