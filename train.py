@@ -86,8 +86,9 @@ def train(cfg: Config) -> int:
             nonfinite = log.step(*pending, nonfinite)
         pending = (at, result)
 
-    checkpoints.close()
-    log.plot()
+    with hosts.together():
+        checkpoints.close()
+        log.plot()
     if failed:
         print(f"stopped at step {at}: {cfg.max_nonfinite} steps in a row had a loss or gradient that was not finite")
         return 1
@@ -151,6 +152,8 @@ def main(argv: list[str]) -> int:
             return 0 if fits else 1
         if action == "distributed":
             hosts.join()
+        elif jax.process_count() > 1:
+            raise ConfigError(f"this is one of {jax.process_count()} hosts; add --distributed to the command on each")
         return train(cfg)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from mintrain.config import ConfigError
 
-BY_HAND = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # beside JAX_COORDINATOR_ADDRESS
+BY_HAND = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}  # JAX reads the coordinator's address
+PATIENCE = 24 * 3600 * 1000  # milliseconds that hosts wait for the first one to encode the text
+meetings = count()
 
 
 def join() -> None:
@@ -29,11 +32,13 @@ def join() -> None:
     # That service would take SIGTERM for itself, hears no Ctrl-C, and forgets what comes before the first step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**{name: int(os.environ[var]) for name, var in BY_HAND.items() if var in os.environ})
-    except (ValueError, RuntimeError) as error:
+        by_hand = {name: int(os.environ[var]) for name, var in BY_HAND.items() if var in os.environ}
+        # A host that fails alone waits for the others to leave with it; then JAX ends them all.
+        jax.distributed.initialize(**by_hand, shutdown_timeout_seconds=60)
+    except Exception as error:  # JAX raises whatever its parts raise
         raise ConfigError(
-            f"--distributed cannot find the other hosts: {str(error).splitlines()[0][:200]}; start it on all of them "
-            f"by TPU, GKE or Slurm, or set JAX_COORDINATOR_ADDRESS, {', '.join(BY_HAND.values())}"
+            f"--distributed cannot find the other hosts: {(str(error) or repr(error)).splitlines()[0][:200]}; start it on all of them "
+            f"by TPU, GKE or Slurm, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, {' and '.join(BY_HAND.values())}"
         ) from error
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -66,10 +71,16 @@ def in_turn() -> Iterator[None]:
 
 
 def _agree(error: ConfigError | None) -> None:
-    others = jax.process_count() > 1 and np.any(multihost_utils.process_allgather(np.array(error is not None)))
+    failed = error is not None
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        # Devices would not wait for long.
+        multihost.get_barrier_sync_fn()(key=f"mintrain {next(meetings)}", timeout_ms=PATIENCE)
+        failed = bool(np.any(multihost_utils.process_allgather(np.array(failed))))
     if error is not None:
         raise error
-    if others:
+    if failed:
         sys.exit(2)
 
 
