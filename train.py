@@ -1,6 +1,7 @@
 """The program: `python train.py [CONFIG] [options]`. Read it from the top to the bottom and you have seen a run.
 
 From here to the mathematics: make_train_step (mintrain/step.py) -> next_token_loss (loss.py) -> LM (model.py).
+On many hosts the same program runs on each (mintrain/hosts.py): all do the same, and the first one prints and writes.
 Exit codes: 0 done; 1 crashed or not finite; 2 the config or the data is wrong; 75 told to stop, saved, run again.
 """
 
@@ -26,7 +27,7 @@ from functools import partial  # noqa: E402
 
 import jax  # noqa: E402
 
-from mintrain import check, generate, load, metrics, options, plan, sharding, step  # noqa: E402
+from mintrain import check, generate, hosts, load, metrics, options, plan, sharding, step  # noqa: E402
 from mintrain.checkpoint import Checkpoints  # noqa: E402
 from mintrain.config import Config, ConfigError  # noqa: E402
 from mintrain.data import Stream, heldout_batches, load_data, train_batch  # noqa: E402
@@ -37,27 +38,30 @@ IMPORTED = time.perf_counter()
 
 def train(cfg: Config) -> int:
     """Train until `cfg.steps` or until told to stop. Returns the exit code."""
-    folder = metrics.open_run(cfg)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
-    mesh = sharding.make_mesh(cfg.mesh)
-    abstract, shapes = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
-    sharding.validate(cfg.mesh, abstract.model)
-    text, heldout, tokenizer = load_data(cfg)
+    with hosts.in_turn():  # the first makes the folder and the file of tokens
+        folder = metrics.open_run(cfg)
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.keep_checkpoints)
+        mesh = sharding.make_mesh(cfg.mesh)
+        abstract, shapes = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
+        sharding.validate(cfg.mesh, abstract.model)
+        text, heldout, tokenizer = load_data(cfg)
     if checkpoints.latest is not None:
         state = checkpoints.restore(abstract)
     else:
         state = step.new_state(cfg, mesh, load.initial(cfg, step.abstract_model(cfg, mesh)) if cfg.init_from else None)
     at = int(state.step)
-    (folder / "config.json").write_text(options.to_json(cfg))
-    log = metrics.Log(folder, at, cfg, text.bytes_per_token)
+    with hosts.in_turn():
+        if jax.process_index() == 0:
+            (folder / "config.json").write_text(options.to_json(cfg))
+        log = metrics.Log(folder, at, cfg, text.bytes_per_token)
     print(f"{folder}: step {at} of {cfg.steps}, {cfg.batch_size} x {cfg.data.seq_len} tokens a step,", end=" ")
     print(f"mesh {sharding.describe(cfg.mesh)} of {jax.device_count()} {jax.default_backend()} devices")
 
-    train_step = None
-    evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log)
+    train_step, told = None, hosts.Told()
+    evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log, told)
     nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running
     while True:
-        stop, last = stop_requested, at == cfg.steps
+        stop, last = told.late(stop_requested), at == cfg.steps
         saving = stop or last or (at > 0 and at % cfg.checkpoint_every == 0)
         evaluating = (last or (at > 0 and at % cfg.eval_every == 0)) and not log.evaluated(at)
         failed = nonfinite >= cfg.max_nonfinite
@@ -68,7 +72,7 @@ def train(cfg: Config) -> int:
             checkpoints.save(at, state)
         if evaluating and not stop and not failed:
             evaluation(state, at)
-            if stop_requested:
+            if told.now(stop_requested):
                 continue
         if stop or last or failed:
             break
@@ -82,8 +86,9 @@ def train(cfg: Config) -> int:
             nonfinite = log.step(*pending, nonfinite)
         pending = (at, result)
 
-    checkpoints.close()
-    log.plot()
+    with hosts.together():
+        checkpoints.close()
+        log.plot()
     if failed:
         print(f"stopped at step {at}: {cfg.max_nonfinite} steps in a row had a loss or gradient that was not finite")
         return 1
@@ -114,13 +119,14 @@ def evaluate(
     shapes: step.Batch,
     tokenizer: Tokenizer,
     log: metrics.Log,
+    told: hosts.Told,
     state: step.State,
     at: int,
 ) -> None:
     """Held-out loss, a sample of text and the picture. Gives up between batches when told to stop."""
     nll, count = 0.0, 0
     for batch, targets in heldout_batches(heldout, shapes, cfg.eval_batches):
-        if stop_requested:
+        if told.now(stop_requested):
             return
         nll, count = nll + float(eval_step(state.model, batch)), count + targets
     if cfg.sample_tokens:
@@ -144,6 +150,10 @@ def main(argv: list[str]) -> int:
             text, fits = plan.report(cfg, tpus, fit=action == "fit")
             print(text)
             return 0 if fits else 1
+        if action == "distributed":
+            hosts.join()
+        elif jax.process_count() > 1:
+            raise ConfigError(f"this is one of {jax.process_count()} hosts; add --distributed to the command on each")
         return train(cfg)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from mintrain import options
+from mintrain import hosts, options
 from mintrain.arrays import check
 from mintrain.config import Config, ConfigError, Mesh
 from mintrain.lora import merge
@@ -37,8 +37,9 @@ class Checkpoints:
         for entry in whole:
             if not (entry.name.isdecimal() and (entry / COMMITTED).is_file() and (entry / "default").is_dir()):
                 raise ConfigError(f"{entry} is not a checkpoint of this run; move it away")
-        for entry in partial:
-            shutil.rmtree(entry)
+        if jax.process_index() == 0:
+            for entry in partial:
+                shutil.rmtree(entry)
         self.steps = sorted(int(entry.name) for entry in whole)
 
     @property
@@ -65,7 +66,8 @@ class Checkpoints:
 
     def _read(self, args: Any) -> Any:
         try:
-            _verify(self.folder / str(self.latest))
+            with hosts.together():
+                _verify(self.folder / str(self.latest))
             return self._manager().restore(self.latest, args=args)
         except Exception as error:  # orbax raises whatever its parts raise
             reason = str(error).strip().splitlines()[0][:300]
@@ -138,10 +140,10 @@ def _sum(file: Path) -> int:
 
 
 def _verify(step: Path) -> None:
-    """Each process checks its share of the files. Raises OSError for one that is missing or has changed."""
+    """Each process checks its share of the files. Raises ConfigError for one that is missing or has changed."""
     sums = json.loads((step / SUMS).read_text()) if (step / SUMS).is_file() else {}
     for name in sorted(sums)[jax.process_index() :: jax.process_count()]:
         if not (step / name).is_file():
-            raise OSError(f"{name} is missing")
+            raise ConfigError(f"{name} is missing")
         if _sum(step / name) != sums[name]:
-            raise OSError(f"{name} has changed since it was written")
+            raise ConfigError(f"{name} has changed since it was written")

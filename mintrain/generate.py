@@ -160,7 +160,7 @@ def stream(
     length = -(-(longest + tokens) // ROUND) * ROUND
     caches = new_caches(mesh, model.cfg, model.compute_dtype, batch, length, chunk)()
     advance = make_advance(mesh, layouts, jax.tree.map(lambda x: x.sharding.spec, caches), sampling)
-    key = jax.device_put(jax.random.key(seed), NamedSharding(mesh, P()))
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=NamedSharding(mesh, P()))(seed)
 
     ids = np.zeros((batch, width), np.int32)
     lengths = np.zeros((batch, 1), np.int32)

@@ -6,6 +6,8 @@ import re
 import time
 from pathlib import Path
 
+import jax
+
 from mintrain import options
 from mintrain.config import Config, ConfigError
 from mintrain.step import Metrics
@@ -32,20 +34,27 @@ def open_run(cfg: Config) -> Path:
             )
         if changed:
             print(f"changed since the last start: {'; '.join(changed)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise ConfigError(f"run={cfg.run}: host {jax.process_index()} does not see {folder}; all must share its folder")
     return folder
 
 
 class Log:
-    """`metrics.jsonl`, one object a line, beginning again after `step`; the rest is made from it."""
+    """`metrics.jsonl`, one object a line, beginning again after `step`; the rest is made from it.
+
+    Of many hosts all keep the records, as what is due depends on them, and the first one writes the files.
+    """
 
     def __init__(self, folder: Path, step: int, cfg: Config, bytes_per_token: float | None):
         self.path, self.folder, self.cfg, self.bytes_per_token = folder / "metrics.jsonl", folder, cfg, bytes_per_token
         self.records = [record for record in _read(self.path) if record["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        temporary.rename(self.path)
-        self.file = self.path.open("a")
+        self.first = jax.process_index() == 0
+        if self.first:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            temporary.rename(self.path)
         self.restart(step)
 
     def restart(self, at: int) -> None:
@@ -92,7 +101,7 @@ class Log:
         heading = f"=== step {at} ==="
         path = self.folder / "samples.txt"
         old = path.read_text() if path.is_file() else ""
-        if heading not in old:
+        if self.first and heading not in old:
             path.write_text(f"{old}{heading}\n{text.strip()}\n\n")
         print("\n".join("    | " + line for line in text.strip().splitlines()))
 
@@ -102,11 +111,14 @@ class Log:
 
     def _write(self, record: dict) -> None:
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.first:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def plot(self) -> None:
         """Draw loss.png: the losses over the steps, in bits per byte where they are known."""
+        if not self.first:
+            return
         import matplotlib
 
         matplotlib.use("Agg")

@@ -27,17 +27,18 @@ trained on from its weights; configs/shakespeare.py by default.
 --plan SLICE    compile the whole step for TPUs such as v6e-32, v5p-256 or v6e:4x8; needs jax[tpu] and no TPU;
                 with --fit, for the largest per_device_batch_size that fits
 --print-config  print the config with the options applied, as JSON
+--distributed   train on many hosts, with the same command on each; docs/scale.md has the launch for TPU, GKE and Slurm
 """
 
 
 def load(argv: list[str]) -> tuple[Config, str, str]:
-    """The config, what to do with it ("train", "check", "plan", "fit" or "print"), and for which TPUs to plan.
+    """The config, what to do with it ("train", "distributed", "check", "plan", "fit", "print"), for which TPUs to plan.
 
     Raises ConfigError; --help exits.
     """
     argv = [re.sub(r"^(--[\w.-]+=)?(true|false)$", lambda m: (m[1] or "") + m[2].title(), arg) for arg in argv]
-    actions = {"--check": "check", "--print-config": "print", "--print_config": "print"}
-    action = next((actions[arg] for arg in argv if arg in actions), "train")
+    actions = {"--check": "check", "--print-config": "print", "--print_config": "print", "--distributed": "distributed"}
+    action = next((actions[arg] for arg in actions if arg in argv), "train")
     argv, slice_ = [arg for arg in argv if arg not in actions], ""
     if "--plan" in argv:
         at = argv.index("--plan")

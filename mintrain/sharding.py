@@ -40,6 +40,11 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
             "use smaller axes, or --check to trace the step without them"
         )
     devices = jax.devices()[: mesh.devices]
+    if len({device.process_index for device in devices}) < jax.process_count():
+        raise ConfigError(
+            f"mesh {describe(mesh)} has {mesh.devices} devices and leaves some of the {jax.process_count()} hosts with "
+            f"nothing to do; use all {jax.device_count()} devices"
+        )
     return jax.make_mesh(mesh.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 

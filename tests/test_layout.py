@@ -34,7 +34,7 @@ BESIDE = {
     "check": {"audit"},
     "audit_hlo": {"audit"},
     "plan": {"audit", "audit_hlo", "check", "options"},
-    "checkpoint": {"options"},
+    "checkpoint": {"hosts", "options"},
     "hf": {"hf_config", "hf_files", "hf_names", "checkpoint", "tokenizer"},
     "load": {"hf", "hf_config", "hf_files", "options", "checkpoint", "tokenizer"},
     "chat": {"tokenizer"},
