@@ -133,11 +133,12 @@ def test_two_dims_on_one_mesh_axis_are_an_error():
 def test_every_weight_is_laid_out_by_its_names_and_the_axis_of_repeats_is_not_split():
     model = jax.eval_shape(lambda: LM.init(tiny.MODEL, "float32", key=jax.random.key(0)))
     layouts = {w.path: s for w, s in zip(arrays.weights(model), jax.tree.leaves(sharding.specs(model)), strict=True)}
-    assert layouts["embedding.table"] == P("tensor", "fsdp")
+    split = ("fsdp", "expert")
+    assert layouts["embedding.table"] == P("tensor", split)
     assert layouts["norm.scale"] == P(None)
-    assert layouts["stages[0][0].attention.q"] == P(None, "fsdp", "tensor", None, None)
-    assert layouts["stages[0][1].attention.o"] == P(None, "tensor", ("fsdp", "expert"))
-    assert layouts["stages[0][1].mlp.down"] == P(None, "tensor", "fsdp")
+    assert layouts["stages[0][0].attention.q"] == P(None, split, "tensor", None, None)
+    assert layouts["stages[0][1].attention.o"] == P(None, "tensor", split)
+    assert layouts["stages[0][1].mlp.down"] == P(None, "tensor", split)
     assert layouts["stages[0][1].scalar"] == P(None)
     for weight in arrays.weights(model):
         assert weight.stacked == weight.path.startswith("stages")
