@@ -42,8 +42,8 @@ GEMMA = TABLE | {
     "moe.router.weight": ("router.proj.weight", "routes embed -> embed routes"),
     "moe.router.scale": ("router.scale", SAME),
     "moe.router.expert_scale": ("router.per_expert_scale", "routes -> routes"),
-    "moe.gate_up": ("experts.gate_up_proj", "experts (pair ff) embed -> experts embed pair ff"),
-    "moe.down": ("experts.down_proj", "experts embed ff -> experts ff embed"),
+    "moe.gate_up": ("experts.gate_up_proj", "experts (pair ff) expert_embed -> experts expert_embed pair ff"),
+    "moe.down": ("experts.down_proj", "experts expert_embed ff -> experts ff expert_embed"),
     # E2B, E4B
     "per_layer.gate": ("per_layer_input_gate.weight", "width embed -> embed width"),
     "per_layer.out": ("per_layer_projection.weight", "embed width -> width embed"),
@@ -75,9 +75,9 @@ DEEPSEEK = TABLE | {
     # one tensor for each expert: {} counts them, and all that one of ours is made of are stacked along a first axis
     "moe.gate_up": (
         "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight",
-        "(experts pair) ff embed -> experts embed pair ff",
+        "(experts pair) ff expert_embed -> experts expert_embed pair ff",
     ),
-    "moe.down": ("mlp.experts.{}.down_proj.weight", "experts embed ff -> experts ff embed"),
+    "moe.down": ("mlp.experts.{}.down_proj.weight", "experts expert_embed ff -> experts ff expert_embed"),
 }
 SHARED_EXPERTS = "mlp.shared_experts."  # the name of `mlp` in the files of layers that also have routed experts
 MTP = {  # beside the layer itself; its token vectors and head are the model's
