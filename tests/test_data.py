@@ -71,14 +71,14 @@ def test_a_row_knows_its_documents_targets_and_padding():
 
 def test_a_batch_is_the_same_on_any_mesh_and_for_any_accumulation():
     text = stream(np.random.default_rng(0).integers(0, 11, 400))
-    one = data.train_batch(text, shapes(8, 6), 7, 3)
-    for other in (shapes(8, 6, fsdp=4, context=2), shapes(8, 6, accumulate=2, replica=2), shapes(8, 6, tensor=8)):
+    one = data.train_batch(text, shapes(8, 12), 7, 3)
+    for other in (shapes(8, 12, fsdp=4, context=2), shapes(8, 12, accumulate=2, replica=2), shapes(8, 12, tensor=8)):
         again = data.train_batch(text, other, 7, 3)
         jax.tree.map(
-            lambda a, b: np.testing.assert_array_equal(np.asarray(a)[0], np.asarray(b).reshape(8, 6)), one, again
+            lambda a, b: np.testing.assert_array_equal(np.asarray(a)[0], np.asarray(b).reshape(8, 12)), one, again
         )
-    assert not np.array_equal(one.tokens, data.train_batch(text, shapes(8, 6), 8, 3).tokens)
-    assert not np.array_equal(one.tokens, data.train_batch(text, shapes(8, 6), 7, 4).tokens)
+    assert not np.array_equal(one.tokens, data.train_batch(text, shapes(8, 12), 8, 3).tokens)
+    assert not np.array_equal(one.tokens, data.train_batch(text, shapes(8, 12), 7, 4).tokens)
 
 
 def test_the_held_out_batches_count_every_target_once():

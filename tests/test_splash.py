@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,16 +36,10 @@ def plain(at: Places, softcap: float | None, window: int | None, q, k, v):
     return jnp.moveaxis(attend.attend(jnp.moveaxis(q, 1, 3), k, v, mask, SCALE, softcap), 3, 1)
 
 
-def dealt(length: int, devices: int) -> np.ndarray:
-    """Where the tokens come from that lie one after the other on the devices of `context`."""
-    parts = np.arange(length).reshape(2 * devices, -1)
-    return parts[[i for device in range(devices) for i in (device, 2 * devices - 1 - device)]].reshape(-1)
-
-
 def fused(cfg: Mesh, at: Places, softcap: float | None, window: int | None, q, k, v):
     """The same in the kernel, on a mesh."""
     mesh = sharding.make_mesh(cfg)
-    order = dealt(q.shape[1], cfg.context)
+    order = tiny.dealt(q.shape[1], cfg.context)
 
     def inside(q, k, v, positions, segments):
         gathered = "batch heads/tensor key/context head -> batch heads/tensor key head"

@@ -93,6 +93,12 @@ def on_mesh(cfg: Config, mesh: jax.sharding.Mesh, rows: Batch) -> Batch:
     return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x).reshape(s.shape), s.sharding), rows, abstract)
 
 
+def dealt(length: int, devices: int) -> np.ndarray:
+    """Where the tokens come from that lie one after the other on the devices of `context`."""
+    parts = np.arange(length).reshape(2 * devices, -1)
+    return parts[[i for device in range(devices) for i in (device, 2 * devices - 1 - device)]].reshape(-1)
+
+
 def sharded(function: Callable, model: LM, *out_specs: P) -> Callable:
     """`function(model, tokens, positions, segments)` inside `shard_map`, on the mesh that `model` lies on."""
     layout = NamedSharding(model.norm.scale.sharding.mesh, P(*sharding.BATCH[1:]))
