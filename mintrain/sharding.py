@@ -58,13 +58,18 @@ def describe(mesh: MeshConfig) -> str:
     return " x ".join(axes) or "1"
 
 
+def axes(dim: str) -> tuple[str, ...]:
+    """The mesh axes that split a dim."""
+    found = LAYOUT.get(dim, ())
+    return (found,) if isinstance(found, str) else found
+
+
 def spec(weight: Weight) -> P:
     """The layout of one weight. Raises TypeError if two of its dims map to one axis."""
-    axes = [LAYOUT.get(dim) for dim in weight.dims]
-    used = [name for axis in axes if axis for name in ([axis] if isinstance(axis, str) else axis)]
+    used = [axis for dim in weight.dims for axis in axes(dim)]
     if len(used) != len(set(used)):
         raise TypeError(f"{weight.path}: dims {' '.join(weight.dims)} map twice to one mesh axis")
-    return P(*(None,) * weight.stacked, *axes)
+    return P(*(None,) * weight.stacked, *map(LAYOUT.get, weight.dims))
 
 
 def specs(model: PyTree) -> PyTree:
@@ -109,12 +114,10 @@ def validate(mesh: MeshConfig, model: PyTree) -> None:
     sizes = dict(zip(AXES, mesh.sizes, strict=True))
     for weight in weights(model):
         for dim, size in zip(weight.dims, weight.value.shape[weight.stacked :], strict=True):
-            axes = LAYOUT.get(dim, ())
-            axes = (axes,) if isinstance(axes, str) else axes
-            shards = math.prod(sizes[axis] for axis in axes)
+            shards = math.prod(sizes[axis] for axis in axes(dim))
             if size % shards:
                 divisors = [str(d) for d in range(1, size + 1) if size % d == 0][:8]
-                name = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1)
+                name = " x ".join(f"mesh.{axis}" for axis in axes(dim) if sizes[axis] > 1)
                 raise ConfigError(
                     f"{name}={shards} does not divide {dim}={size} of {weight.path}; use one of {', '.join(divisors)}"
                 )

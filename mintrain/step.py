@@ -18,6 +18,7 @@ from mintrain.arrays import check, weights
 from mintrain.config import Config
 from mintrain.context import collect, deal
 from mintrain.layers.router import balanced_bias
+from mintrain.layers.splash import on_tpu
 from mintrain.lora import adapt
 from mintrain.loss import Batch, Counts, Report, local_logits, next_token_loss
 from mintrain.model import LM
@@ -188,8 +189,7 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         lr = learning_rate(state.step - state.skipped)
         return new, metrics(report, counts, grad_norm, lr, finite, new.skipped)
 
-    device = mesh.abstract_mesh.abstract_device
-    options = TPU_OPTIONS if device is not None and device.platform == "tpu" else None
+    options = TPU_OPTIONS if on_tpu(mesh.abstract_mesh) else None
     return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 

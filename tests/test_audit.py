@@ -10,6 +10,7 @@ import pytest
 import tiny
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from mintrain import audit, check, loss, step
 from mintrain.config import Config, Data, Mesh, Stage
@@ -117,13 +118,14 @@ def test_the_products_inside_the_attention_kernels_are_found(monkeypatch):
 
 def test_a_fault_planted_in_the_attention_kernel_is_named(monkeypatch):
     def product(x, y, dims, preferred_element_type=None):
-        narrow = dims == kernel.NT_DIM_NUMBERS and x.dtype == jnp.bfloat16  # q·k and dO·v
+        narrow = dims == splash_attention_kernel.NT_DIM_NUMBERS and x.dtype == jnp.bfloat16  # q·k and dO·v
         out = jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.bfloat16 if narrow else preferred_element_type)
         return out.astype(jnp.float32) if narrow else out
 
-    kernel = splash.splash
     monkeypatch.setattr(attend, "fits", lambda run: run % splash.LANES == 0)
-    monkeypatch.setattr(kernel, "lax", types.SimpleNamespace(**{**vars(jax.lax), "dot_general": product}))
+    monkeypatch.setattr(
+        splash_attention_kernel, "lax", types.SimpleNamespace(**{**vars(jax.lax), "dot_general": product})
+    )
     jax.clear_caches()
     faults = [finding for finding in findings(tiny.MODEL, **SPLASH) if finding.faulty]
     assert any(re.search(KERNEL.format(r"fwd\w*"), finding.product.where) for finding in faults)

@@ -114,13 +114,11 @@ def attend_places(
     starts: keys stand in their order, and the queries are as many equal runs of them, from these places. On a TPU they
     then go through one kernel, elsewhere a window's queries take only the keys in their reach. None in a cache.
     """
-    if starts is None:
-        return _in_blocks(q, k, v, queries, keys, scale, softcap, window, None)
-    size = q.shape[1] // len(starts)
-    outs = []
-    for i, start in enumerate(starts):
+    runs = (None,) if starts is None else starts
+    size, outs = q.shape[1] // len(runs), []
+    for i, start in enumerate(runs):
         run, at = jax.tree.map(lambda x, i=i: x[:, i * size : (i + 1) * size], (q, queries))
-        if fits(size):
+        if start is not None and fits(size):
             run = rearrange(run, "b q n g h -> b n g q h")
             out = splash_attention(run, k, v, at.segments, keys.segments, start, scale, softcap, window)
             outs.append(rearrange(out, "b n g q v -> b q n g v"))

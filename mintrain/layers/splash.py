@@ -3,15 +3,15 @@
 batch: sequences.  query: a run of consecutive tokens.  key: the whole sequence, in order.  kv_heads, group: the query
 heads that share a key head, which is not repeated.  head: width of a query and key.  value: of a value.
 Blocks of keys that no query of a block sees are neither fetched nor computed. Elsewhere than on a TPU it is
-interpreted: the tests hold it to the plain form (attend.py) that way.
+interpreted: the tests hold it to the plain form (attend.py) that way. Pallas is imported where it is used: it is slow.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float, Int32
 
 from mintrain.collectives import unchecked, vary_like
@@ -20,9 +20,9 @@ LANES = 128  # blocks are a multiple of it
 BLOCK = 512  # tokens of a block of queries or keys, at most
 
 
-def on_tpu() -> bool:
-    """Whether the step is traced for TPUs, also such as are only planned with."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+def on_tpu(mesh: AbstractMesh | None = None) -> bool:
+    """Whether `mesh`, or the one that is traced for, is of TPUs, also such as are only planned with."""
+    device = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).abstract_device
     return device is not None and device.platform == "tpu"
 
 
@@ -55,10 +55,11 @@ def splash_attention(
     return jnp.where((query_segments > 0)[:, None, None, :, None], out, 0)
 
 
-def _kernel(
-    group: int, run: int, length: int, softcap: float | None, window: int | None
-) -> splash.SplashAttentionKernel:
+def _kernel(group: int, run: int, length: int, softcap: float | None, window: int | None) -> Callable:
     """The kernel for the runs of a whole sequence: its arrays say which blocks of keys each block of queries visits."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     block = lambda tokens: next(size for size in (BLOCK, BLOCK // 2, LANES) if tokens % size == 0)
     query, key = block(run), block(length)
     blocks = dict(block_q=query, block_kv=key, block_q_dkv=query, block_kv_dkv=key, block_q_dq=query, block_kv_dq=key)
@@ -102,5 +103,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _run(kernel, q, k, v, query_segments, key_segments):
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
     each = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))
-    return each(q, k, v, splash.SegmentIds(query_segments, key_segments))
+    return each(q, k, v, SegmentIds(query_segments, key_segments))
