@@ -54,6 +54,7 @@ def token_loss(
     return jnp.sum(weights * (log_z - target_logit))
 
 
+@jax.named_scope("head")
 def target_statistics(
     x: Float[Array, "token embed"],
     table: Float32[Array, "local_vocab local_embed"],
@@ -128,9 +129,10 @@ def next_token_loss(
     loss = (nll + z_loss * psum(jnp.sum(weights * jnp.square(log_z)), *ALL_TOKENS)) / counts.targets
 
     mtp_nll = None
-    for module, (following, targets, valid) in zip(model.mtp, further, strict=True):
+    for i, (module, (following, targets, valid)) in enumerate(zip(model.mtp, further, strict=True)):
         apply = jax.checkpoint(lambda module, x, y: module(x, y, batch.positions, batch.segments))
-        x, more = apply(module, x, model.embed(following.reshape(-1)))
+        with jax.named_scope(f"mtp[{i}]"):
+            x, more = apply(module, x, model.embed(following.reshape(-1)))
         statistics = target_statistics(x, table, targets.reshape(-1), softcap)
         part = psum(token_loss(*statistics, valid.reshape(-1)), *ALL_TOKENS) / len(model.mtp)
         aux, mtp_nll = (*aux, more), part if mtp_nll is None else mtp_nll + part

@@ -135,14 +135,15 @@ class LM(eqx.Module):
         done, all_aux, all_kept = 0, [], []
 
         def body(
-            stage: config.Stage, x: Float[Array, "token embed"], xs: tuple[tuple[eqx.Module, ...], Any, Any]
+            at: int, x: Float[Array, "token embed"], xs: tuple[tuple[eqx.Module, ...], Any, Any]
         ) -> tuple[Float[Array, "token embed"], tuple[tuple[Aux, ...], dict[str, KV], Any]]:
             auxs, made, caches = [], {}, []
-            for i, (layer, block) in enumerate(zip(stage.pattern, xs[0], strict=True)):
+            for i, (layer, block) in enumerate(zip(self.cfg.stages[at].pattern, xs[0], strict=True)):
                 layer_input, cache = (None if part is None else part[i] for part in xs[1:])
                 kv = shared[layer.attention.kind] if _shares(layer) else None
                 step = jax.checkpoint(apply, policy=POLICIES[remat], prevent_cse=not scan)
-                x, aux, kept = step(block, x, layer_input, kv, cache)
+                with jax.named_scope(f"stages[{at}][{i}]"):
+                    x, aux, kept = step(block, x, layer_input, kv, cache)
                 auxs.append(aux)
                 caches.append(None if cache is None else kept)
                 if kinds and not _shares(layer) and layer.attention.kind in kinds:
@@ -156,11 +157,12 @@ class LM(eqx.Module):
             xs = blocks, layer_inputs, None if caches is None else caches.stages[i]
             done += layers
             if scan:
-                x, (aux, made, kept) = jax.lax.scan(partial(body, stage), x, xs)
+                x, (aux, made, kept) = jax.lax.scan(partial(body, i), x, xs)
             else:
                 steps = []
-                for i in range(stage.repeats):
-                    x, y = body(stage, x, jax.tree.map(lambda w, i=i: w[i], xs))
+                for repeat in range(stage.repeats):
+                    with jax.named_scope(f"repeat{repeat}"):
+                        x, y = body(i, x, jax.tree.map(lambda w, repeat=repeat: w[repeat], xs))
                     steps.append(y)
                 aux, made, kept = jax.tree.map(lambda *y: jnp.stack(y), *steps)
             shared |= jax.tree.map(lambda y: y[-1], made)

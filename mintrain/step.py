@@ -144,6 +144,7 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         has_aux=True,
     )
 
+    @jax.named_scope("optimizer")
     def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState]:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
             updates, opt = transform.update(grads, opt, model)

@@ -47,6 +47,7 @@ class Attention(eqx.Module):
             eps=model.norm_eps,
         )
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "token embed"],

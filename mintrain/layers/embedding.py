@@ -21,6 +21,7 @@ class Embedding(eqx.Module):
         """At `std = embed ** -0.5` rows have norm 1, and a head starts with logits of about unit size."""
         return Embedding(std * normal(key, (vocab, embed), fan_in=1))
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: Int32[Array, "token"], dtype: jnp.dtype) -> Float[Array, "token embed"]:
         """Each device looks up the tokens of its fsdp x expert group in its columns, then trades them for its rows.
 

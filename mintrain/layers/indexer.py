@@ -98,6 +98,7 @@ class Indexer(eqx.Module):
             topk=c.topk,
         )
 
+    @jax.named_scope("indexer")
     def __call__(
         self, x: Float[Array, "token embed"], latent: Float[Array, "token q_lora"], positions: Int32[Array, "batch seq"]
     ) -> tuple[

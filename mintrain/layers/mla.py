@@ -58,6 +58,7 @@ class MLA(eqx.Module):
             warmup=warmup,
         )
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "token embed"],

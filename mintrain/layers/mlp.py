@@ -31,6 +31,7 @@ class MLP(eqx.Module):
             activation=c.activation,
         )
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "token embed"]) -> Float[Array, "token embed"]:
         inward = "embed/fsdp/expert ff/tensor -> embed ff/tensor"
         gate = jnp.einsum("td,df->tf", x, gather(inward, self.gate, x.dtype))

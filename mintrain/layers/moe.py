@@ -81,6 +81,7 @@ class MoE(eqx.Module):
             cfg=c,
         )
 
+    @jax.named_scope("moe")
     def __call__(
         self, x: Float[Array, "token embed"], router_input: Float[Array, "token embed"], real: Bool[Array, "batch seq"]
     ) -> tuple[Float[Array, "token embed"], Float32[Array, "routes"], Float32[Array, ""]]:

@@ -56,6 +56,7 @@ class PerLayerGate(eqx.Module):
             norm=RMSNorm.init(model.embed, model.norm_offset, model.norm_eps),
         )
 
+    @jax.named_scope("per_layer")
     def __call__(
         self, x: Float[Array, "token embed"], layer_input: Float[Array, "token width"]
     ) -> Float[Array, "token embed"]:

@@ -109,6 +109,7 @@ class Router(eqx.Module):
             eps=model.norm_eps,
         )
 
+    @jax.named_scope("router")
     def __call__(
         self, x: Float[Array, "token embed"]
     ) -> tuple[Int32[Array, "token topk"], Float32[Array, "token topk"], Float32[Array, "token routes"]]:
