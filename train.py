@@ -27,7 +27,7 @@ from functools import partial  # noqa: E402
 
 import jax  # noqa: E402
 
-from mintrain import check, generate, hosts, load, metrics, options, plan, sharding, step  # noqa: E402
+from mintrain import check, generate, hosts, load, metrics, numerics, options, plan, sharding, step  # noqa: E402
 from mintrain.checkpoint import Checkpoints  # noqa: E402
 from mintrain.config import Config, ConfigError  # noqa: E402
 from mintrain.data import Stream, heldout_batches, load_data, train_batch  # noqa: E402
@@ -59,6 +59,9 @@ def train(cfg: Config) -> int:
 
     train_step, told = None, hosts.Told()
     evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log, told)
+    explain = lambda bad, state: numerics.investigate(
+        cfg, mesh, state, train_batch(text, shapes, bad - 1, cfg.seed), bad, folder
+    )
     nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running
     while True:
         stop, last = told.late(stop_requested), at == cfg.steps
@@ -84,12 +87,16 @@ def train(cfg: Config) -> int:
         at += 1
         if pending is not None:
             nonfinite = log.step(*pending, nonfinite)
+            if nonfinite == 1 and not any(folder.glob("nonfinite-*")):
+                explain(pending[0], state)
         pending = (at, result)
 
     with hosts.together():
         checkpoints.close()
         log.plot()
     if failed:
+        if not any((folder / f"nonfinite-{at - i}").is_dir() for i in range(nonfinite)):
+            explain(at, state)
         print(f"stopped at step {at}: {cfg.max_nonfinite} steps in a row had a loss or gradient that was not finite")
         return 1
     if at < cfg.steps or not log.evaluated(at):

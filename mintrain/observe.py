@@ -1,10 +1,11 @@
 """Every number of a traced program, watched: an interpreter of jaxprs that also returns what each array was like.
 
 It goes through `jit`, scans, remat and `shard_map`, and does what the program does; what else holds a program (a
-kernel, a branch) is one operation. Of each array of floats it keeps the largest magnitude over all devices, NaN if
-there is one in it; in a scan, of every repeat. `history` then tells what happened, in order.
+kernel, a branch) is one operation. Of each array of floats it keeps the largest magnitude over all devices, or that
+it holds a NaN; in a scan, of every repeat. `history` then tells what happened, in order.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ MOVES = set(  # operations whose result has the numbers of their first operand: 
     "all_gather all_to_all broadcast_in_dim copy dynamic_slice name neg optimization_barrier pvary reshape reshard "
     "slice split squeeze stop_gradient transpose".split()
 )
+
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Record(NamedTuple):
@@ -50,7 +54,7 @@ class Event(NamedTuple):
     """One equation as it ran once. Integers and masks count as 0."""
 
     equation: JaxprEqn
-    inputs: list[float]  # largest magnitudes
+    inputs: list[float]  # largest magnitudes; NaN if there is one
     outputs: list[float]
     scope: str  # names of the places that it is in, from the outermost; in a scan, the number of the repeat
 
@@ -110,10 +114,16 @@ def _inner(eqn: JaxprEqn) -> tuple[Jaxpr | None, Sequence[Any]]:
 
 
 def _look(x: Any) -> Float32[Array, ""] | None:
-    """The largest magnitude on this device, NaN if there is one."""
+    """The largest magnitude on this device; LARGEST for infinity and infinity for NaN, which no maximum passes by."""
     if not jnp.issubdtype(jax.typeof(x).dtype, np.floating):
         return None
-    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    x = jnp.abs(x).astype(jnp.float32)
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.minimum(x, LARGEST)), initial=0)
+
+
+def _number(seen: np.ndarray | None) -> float:
+    largest = 0.0 if seen is None else float(seen)
+    return math.nan if math.isinf(largest) else math.inf if largest == LARGEST else largest
 
 
 def _pack(record: Record) -> Packed:
@@ -124,20 +134,19 @@ def _pack(record: Record) -> Packed:
 
 
 def _over_devices(numbers: Float32[Array, "*repeats seen"]) -> Float32[Array, "*repeats seen"]:
-    """The maximum; not all devices' own would pass a NaN on."""
-    if not (axes := tuple(jax.typeof(numbers).manual_axis_type.varying)):
-        return numbers
-    nan = jnp.isnan(numbers)
-    largest, nan = jax.lax.pmax((jnp.where(nan, 0.0, numbers), nan.astype(jnp.float32)), axes)
-    return jnp.where(nan > 0, jnp.nan, largest)
+    axes = tuple(jax.typeof(numbers).manual_axis_type.varying)
+    return jax.lax.pmax(numbers, axes) if axes else numbers
+
+
+def arguments(record: Record) -> list[float]:
+    return list(map(_number, record.arguments))
 
 
 def history(jaxpr: Jaxpr, record: Record, scope: str = "") -> Iterator[Event]:
     """What happened, in the order in which it did. `record` is on the host."""
-    number = lambda seen: 0.0 if seen is None else float(seen)
-    known = dict(zip(jaxpr.invars, map(number, record.arguments), strict=True))
+    known = dict(zip(jaxpr.invars, arguments(record), strict=True))
     for eqn, results, within in zip(jaxpr.eqns, record.results, record.within, strict=True):
-        here, outputs = f"{scope}/{eqn.source_info.name_stack}", list(map(number, results))
+        here, outputs = f"{scope}/{eqn.source_info.name_stack}", list(map(_number, results))
         inputs = [_constant(a.val) if isinstance(a, Literal) else known.get(a, 0.0) for a in eqn.invars]
         within = within.unpack() if isinstance(within, Packed) else within
         if eqn.primitive.name in MOVES:
