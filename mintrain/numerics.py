@@ -146,13 +146,13 @@ def _frames(source: Any) -> list[str]:
     """Where it was written: our lines or the user's, and a library's if it comes first."""
     frames = source_info_util.summarize(source, num_frames=100).splitlines()[::-1]
     ours = [frame for frame in frames if "site-packages" not in frame or f"{Path(__file__).parent}/" in frame]
-    short = [re.sub(rf"^(.*/site-packages|{Path(__file__).parents[1]}|{Path.cwd()})/", "", f) for f in frames[:1] + ours]
+    short = [
+        re.sub(rf"^(.*/site-packages|{Path(__file__).parents[1]}|{Path.cwd()})/", "", f) for f in frames[:1] + ours
+    ]
     return list(dict.fromkeys(re.sub(r"(\.py:\d+)[:\d-]*", r"\1", frame) for frame in short))[:3]
 
 
-def investigate(
-    cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch, at: int, folder: Path
-) -> None:
+def investigate(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch, at: int, folder: Path) -> None:
     """Write `folder`/nonfinite-`at` about step `at`, which `batch` made bad, and print what was found.
 
     Everything that a replay needs is written first. If the watched step cannot run, it says so: the run goes on.
@@ -205,7 +205,9 @@ def main(argv: list[str]) -> int:
     """Exit code 0 if every number is finite, 1 if not, 2 for a wrong command."""
     try:
         if len(argv) < 2 or argv[0] != "replay":
-            raise ConfigError("usage: python -m mintrain.numerics replay runs/NAME/nonfinite-STEP [options of train.py]")
+            raise ConfigError(
+                "usage: python -m mintrain.numerics replay runs/NAME/nonfinite-STEP [options of train.py]"
+            )
         finding = replay(Path(argv[1]), argv[2:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,8 +21,24 @@ from jaxtyping import Array, Float32
 INLINE = ("jaxpr", "call_jaxpr")  # parameters of an equation that hold what it runs, once
 OPAQUE = {"cond", "while", "pallas_call"}
 MOVES = set(  # operations whose result has the numbers of their first operand: nothing new to see
-    "all_gather all_to_all broadcast_in_dim copy dynamic_slice name neg optimization_barrier pvary reshape reshard "
-    "slice split squeeze stop_gradient transpose".split()
+    [
+        "all_gather",
+        "all_to_all",
+        "broadcast_in_dim",
+        "copy",
+        "dynamic_slice",
+        "name",
+        "neg",
+        "optimization_barrier",
+        "pvary",
+        "reshape",
+        "reshard",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    ]
 )
 
 
@@ -121,7 +137,7 @@ def _look(x: Any) -> Float32[Array, ""] | None:
     return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.minimum(x, LARGEST)), initial=0)
 
 
-def _number(seen: np.ndarray | None) -> float:
+def _number(seen: np.ndarray | np.floating | None) -> float:
     largest = 0.0 if seen is None else float(seen)
     return math.nan if math.isinf(largest) else math.inf if largest == LARGEST else largest
 

@@ -31,15 +31,6 @@ TPU_OPTIONS = {
     "xla_jf_bf16_propagation": "false",
     # What a layer's gradients wait for (carriers.py) they wait for in the schedule too.
     "xla_tpu_aggressive_opt_barrier_removal": "DISABLED",
-    # Weights of the next products are gathered beside the current ones, a part in each step of a product's loop.
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-    # But not so many of them that more than this share of the memory is needed for it.
-    "xla_tpu_enable_scheduler_memory_pressure_tracking": "true",
-    "xla_tpu_scheduler_percent_shared_memory_limit": "48",
 }
 OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]] | Rounded  # optax's: moments and counts
 EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
@@ -185,8 +176,6 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
         free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained))))
         updated, opt = free(grads, state.opt, trained)
-        if CHECK:
-            finite &= all_finite((updated, opt))
         model = eqx.combine(updated, frozen)
         if cfg.indexer == "sparse" and not cfg.lora.rank:
             model = balance_experts(model, report)
@@ -202,15 +191,6 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
         return new, metrics(report, counts, grad_norm, lr, finite, new.skipped)
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(mesh))
-
-
-def all_finite(tree: PyTree[Array]) -> Bool[Array, ""]:
-    """Whether all numbers are. The optimizer's: a gradient that is finite can make an update that is not."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, np.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
-
-
-CHECK = True
 
 
 def compiler_options(mesh: AnyMesh) -> dict[str, str] | None:
