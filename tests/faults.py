@@ -99,13 +99,13 @@ poison.defvjp(_forward, _backward)
 def plant(patch: pytest.MonkeyPatch) -> None:
     """Put the faults of the code into it."""
 
-    def around(owner: type, change: Callable) -> None:
+    def around(owner: type, scope: str, change: Callable) -> None:
         original = owner.__call__
-        named = lambda self, *inputs: change(self, original(self, *inputs))
-        patch.setattr(owner, "__call__", named)
+        changed = lambda self, *inputs: change(self, original(self, *inputs))
+        patch.setattr(owner, "__call__", jax.named_scope(scope)(changed))
 
-    around(MLP, lambda self, out: poison(out, self.gate))
-    around(Attention, lambda self, out: (poison(out[0], self.o), *out[1:]))
+    around(MLP, "mlp", lambda self, out: poison(out, self.gate))
+    around(Attention, "attention", lambda self, out: (poison(out[0], self.o), *out[1:]))
 
     def unsafe(logits, mask):
         """The softmax of a row without a visible key is NaN: -inf - -inf."""
