@@ -149,7 +149,9 @@ def _frames(source: Any) -> list[str]:
     short = [
         re.sub(rf"^(.*/site-packages|{Path(__file__).parents[1]}|{Path.cwd()})/", "", f) for f in frames[:1] + ours
     ]
-    return list(dict.fromkeys(re.sub(r"(\.py:\d+)[:\d-]*", r"\1", frame) for frame in short))[:3]
+    return list(dict.fromkeys(re.sub(r"(\.py:\d+)[:\d-]*", r"\1", frame) for frame in short))[:3] or [
+        "an operation of JAX's own"
+    ]
 
 
 def investigate(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch, at: int, folder: Path) -> None:
