@@ -59,9 +59,14 @@ def train(cfg: Config) -> int:
 
     train_step, told = None, hosts.Told()
     evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log, told)
-    explain = lambda bad, state: numerics.investigate(
-        cfg, mesh, state, train_batch(text, shapes, bad - 1, cfg.seed), bad, folder
-    )
+
+    def read(bad: int, result: step.Metrics, nonfinite: int, state: step.State) -> int:
+        """Write a step's metrics. The first bad step of a run is run again, to say what made it bad."""
+        nonfinite = log.step(bad, result, nonfinite)
+        if nonfinite == 1 and not any(folder.glob("nonfinite-*")):
+            numerics.investigate(cfg, mesh, state, train_batch(text, shapes, bad - 1, cfg.seed), bad, folder)
+        return nonfinite
+
     nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running
     while True:
         stop, last = told.late(stop_requested), at == cfg.steps
@@ -69,7 +74,7 @@ def train(cfg: Config) -> int:
         evaluating = (last or (at > 0 and at % cfg.eval_every == 0)) and not log.evaluated(at)
         failed = nonfinite >= cfg.max_nonfinite
         if pending is not None and (saving or evaluating or failed):
-            nonfinite, pending = log.step(*pending, nonfinite), None
+            nonfinite, pending = read(*pending, nonfinite, state), None
             failed = failed or nonfinite >= cfg.max_nonfinite
         if saving or failed:
             checkpoints.save(at, state)
@@ -86,17 +91,13 @@ def train(cfg: Config) -> int:
         state, result = train_step(state, train_batch(text, shapes, at, cfg.seed))
         at += 1
         if pending is not None:
-            nonfinite = log.step(*pending, nonfinite)
-            if nonfinite == 1 and not any(folder.glob("nonfinite-*")):
-                explain(pending[0], state)
+            nonfinite = read(*pending, nonfinite, state)
         pending = (at, result)
 
     with hosts.together():
         checkpoints.close()
         log.plot()
     if failed:
-        if not any((folder / f"nonfinite-{at - i}").is_dir() for i in range(nonfinite)):
-            explain(at, state)
         print(f"stopped at step {at}: {cfg.max_nonfinite} steps in a row had a loss or gradient that was not finite")
         return 1
     if at < cfg.steps or not log.evaluated(at):

@@ -71,7 +71,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch) 
     """Run the step on `batch`, without its update, and say where the first number that is not finite comes from."""
     closed, watched = _watched(cfg, mesh)
     record = jax.device_get(watched(state, batch))
-    names = [jax.tree_util.keystr(path).lstrip(".") for path, _ in jax.tree.leaves_with_path((state, batch))]
+    named = jax.tree.leaves_with_path((state, batch))
+    names = [("state", "batch")[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in named]
     bad = [name for name, x in zip(names, arguments(record), strict=True) if not math.isfinite(x)]
     before: deque[Event] = deque(maxlen=BEFORE)
     for event in history(closed.jaxpr, record) if not bad else ():

@@ -148,7 +148,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on(monkeypatch
     assert train.main([CONFIG]) == 0
     assert [r["skipped"] for r in records() if "skipped" in r] == [0, 0, 1, 1, 1, 1]
     assert [r["loss"] is None for r in records() if "loss" in r] == [False, False, True, False, False, False]
-    assert "step 3: loss nan" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 3: loss nan" in said and "step 3: not finite before the step: batch.weights" in said
+    assert Path("runs/tiny_run/nonfinite-3/report.json").is_file()
 
 
 def test_too_many_in_a_row_stop_the_run_with_exit_code_1_and_a_checkpoint(monkeypatch):
