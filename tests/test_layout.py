@@ -40,6 +40,7 @@ BESIDE = {
     "chat": {"tokenizer"},
     "data": {"chat", "tokenizer"},
     "generate": {"chat", "load", "options"},
+    "numerics": {"checkpoint", "observe", "options"},
 }
 
 
