@@ -65,6 +65,7 @@ def train(cfg: Config) -> int:
         nonfinite = log.step(bad, result, nonfinite)
         if nonfinite == 1 and not any(folder.glob("nonfinite-*")):
             numerics.investigate(cfg, mesh, state, train_batch(text, shapes, bad - 1, cfg.seed), bad, folder)
+            log.restart(bad)  # that took minutes, and no step
         return nonfinite
 
     nonfinite, pending = 0, None  # the metrics of the last step, read when the next one is running

@@ -89,8 +89,8 @@ def _watched(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[ClosedJaxpr, Any]:
     state, batch = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
     traced = step.make_train_step(cfg, mesh).trace(state, batch)
     look = observe(traced.jaxpr)
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else step.compiler_options(mesh)
-    return traced.jaxpr, jax.jit(lambda *inputs: look(*jax.tree.leaves(inputs)), compiler_options=options)
+    how = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else step.compiler_options(mesh)
+    return traced.jaxpr, jax.jit(lambda *inputs: look(*jax.tree.leaves(inputs)), compiler_options=how)
 
 
 def _made(event: Event) -> bool:
@@ -147,12 +147,10 @@ def _frames(source: Any) -> list[str]:
     """Where it was written: our lines or the user's, and a library's if it comes first."""
     frames = source_info_util.summarize(source, num_frames=100).splitlines()[::-1]
     ours = [frame for frame in frames if "site-packages" not in frame or f"{Path(__file__).parent}/" in frame]
-    short = [
-        re.sub(rf"^(.*/site-packages|{Path(__file__).parents[1]}|{Path.cwd()})/", "", f) for f in frames[:1] + ours
-    ]
-    return list(dict.fromkeys(re.sub(r"(\.py:\d+)[:\d-]*", r"\1", frame) for frame in short))[:3] or [
-        "an operation of JAX's own"
-    ]
+    root = "|".join(map(re.escape, (str(Path(__file__).parents[1]), str(Path.cwd()))))
+    short = [re.sub(rf"^(.*/site-packages|{root})/", "", frame) for frame in [*frames[:1], *ours]]
+    places = list(dict.fromkeys(re.sub(r"(\.py:\d+)[:\d-]*", r"\1", frame) for frame in short))
+    return places[:3] or ["an operation of JAX's own"]
 
 
 def investigate(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch, at: int, folder: Path) -> None:

@@ -20,28 +20,13 @@ from jaxtyping import Array, Float32
 
 INLINE = ("jaxpr", "call_jaxpr")  # parameters of an equation that hold what it runs, once
 OPAQUE = {"cond", "while", "pallas_call"}
-MOVES = set(  # operations whose result has the numbers of their first operand: nothing new to see
-    [
-        "all_gather",
-        "all_to_all",
-        "broadcast_in_dim",
-        "copy",
-        "dynamic_slice",
-        "name",
-        "neg",
-        "optimization_barrier",
-        "pvary",
-        "reshape",
-        "reshard",
-        "slice",
-        "split",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
-)
-
-
+# Operations whose result has the numbers of their first operand: nothing new to see.
+# fmt: off
+MOVES = {
+    "all_gather", "all_to_all", "broadcast_in_dim", "copy", "dynamic_slice", "name", "neg", "optimization_barrier",
+    "pvary", "reshape", "reshard", "slice", "split", "squeeze", "stop_gradient", "transpose",
+}
+# fmt: on
 LARGEST = float(np.finfo(np.float32).max)
 
 
