@@ -57,7 +57,7 @@ def train(cfg: Config) -> int:
     print(f"{folder}: step {at} of {cfg.steps}, {cfg.batch_size} x {cfg.data.seq_len} tokens a step,", end=" ")
     print(f"mesh {sharding.describe(cfg.mesh)} of {jax.device_count()} {jax.default_backend()} devices")
 
-    train_step, told = None, hosts.Told()
+    steps, told = None, hosts.Told()
     evaluation = partial(evaluate, cfg, step.make_eval_step(cfg, mesh), heldout, shapes, tokenizer, log, told)
 
     def read(bad: int, result: step.Metrics, nonfinite: int, state: step.State) -> int:
@@ -85,12 +85,13 @@ def train(cfg: Config) -> int:
                 continue
         if stop or last or failed:
             break
-        if train_step is None:
-            train_step = compile_step(cfg, mesh, abstract, shapes)
+        if steps is None:
+            steps = compile_steps(cfg, mesh, abstract, shapes)
         if pending is None:
             log.restart(at)
-        state, result = train_step(state, train_batch(text, shapes, at, cfg.seed))
         at += 1
+        watched = cfg.watch_every > 0 and at % cfg.watch_every == 0
+        state, result = steps[watched](state, train_batch(text, shapes, at - 1, cfg.seed))
         if pending is not None:
             nonfinite = read(*pending, nonfinite, state)
         pending = (at, result)
@@ -108,12 +109,18 @@ def train(cfg: Config) -> int:
     return 0
 
 
-def compile_step(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: step.Batch) -> jax.stages.Compiled:
-    """Trace, which checks every contract, then compile; says where the time since the start went."""
+def compile_steps(
+    cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: step.Batch
+) -> dict[bool, jax.stages.Compiled]:
+    """Trace, which checks every contract, then compile; says where the time since the start went.
+
+    The step, and the one that is watched if there is to be one.
+    """
     ready = time.perf_counter()
-    traced = step.make_train_step(cfg, mesh).trace(state, batch)
+    forms = (False, True) if cfg.watch_every else (False,)
+    traced = {watched: step.make_train_step(cfg, mesh, watched).trace(state, batch) for watched in forms}
     traced_at = time.perf_counter()
-    compiled = traced.lower().compile()
+    compiled = {watched: one.lower().compile() for watched, one in traced.items()}
     print(
         f"import {IMPORTED - START:.1f}s  data and state {ready - IMPORTED:.1f}s  "
         f"trace {traced_at - ready:.1f}s  compile {time.perf_counter() - traced_at:.1f}s"

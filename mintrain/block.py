@@ -28,6 +28,7 @@ class Aux(eqx.Module):
     load: Float32[Array, "*repeats routes"] | None = None  # tokens of each expert
     balance: Float32[Array, "*repeats"] | None = None  # the router's balance loss
     indexer_kl: Float32[Array, "*repeats"] | None = None  # the indexer's loss, nats
+    seen: dict[str, Float32[Array, "*repeats"]] | None = None  # watch.py; of one device, and no sums
 
 
 class Branches(eqx.Module):

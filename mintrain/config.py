@@ -300,6 +300,7 @@ class Config:
     z_loss: float = 0.0  # weight of logsumexp², which keeps the logits from drifting (PaLM, arXiv 2204.02311)
     seed: int = 0
     log_every: int = 10
+    watch_every: int = 0  # steps between looks into the layers (watch.py): logits, norms, entropy, load; 0: none
     eval_every: int = 250
     eval_batches: int = 100  # at most this many batches of the held-out text
     checkpoint_every: int = 250
@@ -340,6 +341,8 @@ class Config:
             raise ConfigError("lora.rank and indexer=warmup train different things; use one of them")
         if self.model.mtp and self.mtp_weight <= 0:
             raise ConfigError(f"mtp_weight={self.mtp_weight} trains nothing in model.mtp; use 0.3, or mtp=()")
+        if self.watch_every < 0:
+            raise ConfigError(f"watch_every={self.watch_every} is no number of steps; use 10, or 0 for none")
         for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")

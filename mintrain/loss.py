@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from mintrain import watch
 from mintrain.collectives import all_gather, psum
 from mintrain.context import deal
 from mintrain.layers.linear import gather
@@ -101,6 +102,7 @@ class Report(eqx.Module):
     balance: Float32[Array, ""] | None  # the routers' balance loss, the mean over layers
     indexer_kl: Float32[Array, ""] | None  # the mean over layers
     load: tuple[Float32[Array, "..."] | None, ...]  # tokens of each expert, in the order of `LM.blocks`
+    seen: tuple[dict[str, Float32[Array, "..."]] | None, ...]  # what is watched of each layer, and no sums
 
 
 def next_token_loss(
@@ -113,6 +115,7 @@ def next_token_loss(
     z_loss: float,
     mtp_weight: float,
     indexer_only: bool,
+    watched: bool,
 ) -> tuple[Float32[Array, ""], Report]:
     """The loss to differentiate, and its parts. Every part is a sum over tokens divided by a count of the whole step.
 
@@ -121,7 +124,7 @@ def next_token_loss(
     """
     further = [jax.tree.map(deal, ahead(batch, depth)) for depth, _ in enumerate(model.mtp, 1)]
     batch = jax.tree.map(deal, batch)
-    x, aux, _ = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat)
+    x, aux, _ = model(batch.tokens, batch.positions, batch.segments, scan=scan, remat=remat, watched=watched)
     softcap, table = model.cfg.final_softcap, model.output_table
     target_logit, log_z = target_statistics(x, table, batch.targets.reshape(-1), softcap)
     weights = batch.weights.reshape(-1)
@@ -130,9 +133,9 @@ def next_token_loss(
 
     mtp_nll = None
     for i, (module, (following, targets, valid)) in enumerate(zip(model.mtp, further, strict=True)):
-        apply = jax.checkpoint(lambda module, x, y: module(x, y, batch.positions, batch.segments))
+        apply = watch.layer(lambda module, x, y: module(x, y, batch.positions, batch.segments), watched)
         with jax.named_scope(f"mtp[{i}]"):
-            x, more = apply(module, x, model.embed(following.reshape(-1)))
+            x, more = jax.checkpoint(apply)(module, x, model.embed(following.reshape(-1)))
         statistics = target_statistics(x, table, targets.reshape(-1), softcap)
         part = psum(token_loss(*statistics, valid.reshape(-1)), *ALL_TOKENS) / len(model.mtp)
         aux, mtp_nll = (*aux, more), part if mtp_nll is None else mtp_nll + part
@@ -147,7 +150,8 @@ def next_token_loss(
     if indexer_kl is not None:
         loss = (0.0 if indexer_only else loss) + indexer_kl / counts.tokens
     load = tuple(None if a.load is None else psum(a.load, *ALL_TOKENS) for a in aux)
-    return loss, Report(nll, mtp_nll, mean_over_layers([balance for _, balance in balances]), indexer_kl, load)
+    balance = mean_over_layers([balance for _, balance in balances])
+    return loss, Report(nll, mtp_nll, balance, indexer_kl, load, tuple(watch.over_devices(a.seen) for a in aux))
 
 
 def mean_over_layers(parts: list[Float32[Array, "..."] | None]) -> Float32[Array, ""] | None:

@@ -5,10 +5,11 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from mintrain import options
+from mintrain import options, watch
 from mintrain.config import Config, ConfigError
 from mintrain.step import Metrics
 
@@ -64,6 +65,8 @@ class Log:
     def step(self, at: int, metrics: Metrics, nonfinite: int) -> int:
         """Wait for a step's metrics, write them if it is their turn; returns the count of steps in a row not finite."""
         finite = bool(metrics.finite)
+        if metrics.seen is not None:
+            self.watched(at, watch.by_layer(self.cfg.model, metrics.seen))
         if not finite:
             print(f"step {at}: loss {float(metrics.loss)}, grad {float(metrics.grad_norm)}: update not applied")
         if at % self.cfg.log_every == 0 or at == self.cfg.steps or not finite:
@@ -86,6 +89,15 @@ class Log:
             if finite:
                 print(_progress(record, self.cfg.steps), flush=True)
         return 0 if finite else nonfinite + 1
+
+    def watched(self, at: int, numbers: dict[str, list[float | None]]) -> None:
+        """Write what was seen of the layers, and say once of each number that it has grown past its bound."""
+        told = {name for record in self.records for name in record.get("past_bounds", ())}
+        past = {name: line for name, line in watch.past_bounds(numbers) if name not in told}
+        for line in past.values():
+            print(f"step {at}: {line}", flush=True)
+        layers = {name: [None if x is None else _json(x) for x in values] for name, values in numbers.items()}
+        self._write({"step": at, "layers": layers, "past_bounds": list(past)})
 
     def evaluation(self, at: int, loss: float, bytes_per_token: float | None) -> None:
         bits = self.bits_per_byte(loss, bytes_per_token)
@@ -134,10 +146,17 @@ class Log:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        temporary = self.folder / "loss.tmp.png"
+        self._save(figure, "loss.png")
+        if any("layers" in record for record in self.records):
+            self._save(watch.picture(self.records), "layers.png")
+
+    def _save(self, figure: Any, name: str) -> None:
+        import matplotlib.pyplot as plt
+
+        temporary = self.folder / f"new-{name}"
         figure.savefig(temporary, dpi=120)
         plt.close(figure)
-        temporary.rename(self.folder / "loss.png")
+        temporary.rename(self.folder / name)
 
 
 def _read(path: Path) -> list[dict]:

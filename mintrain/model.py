@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from mintrain import config
+from mintrain import config, watch
 from mintrain.block import Aux, Block
 from mintrain.layers.cache import KV, Latents
 from mintrain.layers.embedding import Embedding
@@ -119,17 +119,19 @@ class LM(eqx.Module):
         *,
         scan: bool = True,
         remat: Remat = "none",
+        watched: bool = False,
         caches: Caches | None = None,
     ) -> tuple[Float[Array, "token embed"], tuple[Aux, ...], Caches | None]:
         """Normalised hidden states, the input of the output head, and what the layers say beside them.
 
         positions: count from 0 within each document.  segments: number a row's documents from 1; 0 is padding.
         scan: one compiled body per stage; otherwise the layers are unrolled, over the same stacked parameters.
+        watched: layers also say what they have seen (watch.py).
         caches: keys of the tokens before these; they come back with these.
         """
         x = self.embed(tokens.reshape(-1))
         inputs = None if self.per_layer_inputs is None else self.per_layer_inputs(tokens.reshape(-1), x)
-        apply = lambda block, x, *inputs: block(x, positions, segments, *inputs)
+        apply = watch.layer(lambda block, x, *inputs: block(x, positions, segments, *inputs), watched)
         kinds = {layer.attention.kind for layer in self.cfg.layers if _shares(layer)}
         shared: dict[str, KV] = {}  # keys and values by kind of layer, from the last stage that made its own
         done, all_aux, all_kept = 0, [], []

@@ -26,7 +26,7 @@ from mintrain import options, sharding, step
 from mintrain.checkpoint import Checkpoints
 from mintrain.config import Config, ConfigError
 from mintrain.loss import Batch
-from mintrain.observe import Event, arguments, history, observe
+from mintrain.observe import Event, magnitudes, observe
 
 BEFORE = 8  # operations that are reported before the first bad one
 
@@ -68,14 +68,13 @@ class Finding(NamedTuple):
 
 
 def find(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch) -> Finding:
-    """Run the step on `batch`, without its update, and say where the first number that is not finite comes from."""
-    closed, watched = _watched(cfg, mesh)
-    record = jax.device_get(watched(state, batch))
+    """Run the step on `batch` until a number is not finite, and say where that comes from. The state stays as it is."""
     named = jax.tree.leaves_with_path((state, batch))
     names = [("state", "batch")[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in named]
-    bad = [name for name, x in zip(names, arguments(record), strict=True) if not math.isfinite(x)]
+    arrays = [x for _, x in named]
+    bad = [name for name, x in zip(names, magnitudes(arrays), strict=True) if not math.isfinite(x)]
     before: deque[Event] = deque(maxlen=BEFORE)
-    for event in history(closed.jaxpr, record) if not bad else ():
+    for event in observe(_traced(cfg, mesh), arrays) if not bad else ():
         if _made(event):
             return Finding([], _operation(cfg, event), [_operation(cfg, e) for e in reversed(before)])
         if any(event.outputs):  # integers, masks and zeros say nothing
@@ -84,13 +83,8 @@ def find(cfg: Config, mesh: jax.sharding.Mesh, state: step.State, batch: Batch) 
 
 
 @cache
-def _watched(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[ClosedJaxpr, Any]:
-    """The traced step, and it as a function that returns what was seen. It keeps the state."""
-    state, batch = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
-    traced = step.make_train_step(cfg, mesh).trace(state, batch)
-    look = observe(traced.jaxpr)
-    how = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else step.compiler_options(mesh)
-    return traced.jaxpr, jax.jit(lambda *inputs: look(*jax.tree.leaves(inputs)), compiler_options=how)
+def _traced(cfg: Config, mesh: jax.sharding.Mesh) -> ClosedJaxpr:
+    return step.make_train_step(cfg, mesh).trace(step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)).jaxpr
 
 
 def _made(event: Event) -> bool:
@@ -101,23 +95,23 @@ def _made(event: Event) -> bool:
 
 
 def _operation(cfg: Config, event: Event) -> Operation:
-    eqn = event.equation
+    piece = event.piece
     worst = max(range(len(event.outputs)), key=lambda i: (not math.isfinite(event.outputs[i]), event.outputs[i]))
     layer, module = _place(cfg, event.scope)
     again = "forward, computed again" if "rematted" in event.scope else "backward"
     return Operation(
-        name=eqn.primitive.name,
+        name=piece.name,
         result=_text(event.outputs[worst]),
-        kind=_kind(eqn.outvars[worst].aval),
+        kind=_kind(piece.outputs[worst].aval),
         inputs=[
             f"{_kind(atom.aval)} {_text(x)}"
-            for atom, x in zip(eqn.invars, event.inputs, strict=True)
+            for atom, x in zip(piece.inputs, event.inputs, strict=True)
             if jnp.issubdtype(atom.aval.dtype, np.floating)
         ],
         layer=layer,
         module=module,
         phase=again if "transpose" in event.scope else "forward",
-        where=_frames(eqn.source_info),
+        where=_frames(piece.equation.source_info),
     )
 
 
@@ -205,9 +199,15 @@ def replay(folder: Path, argv: list[str]) -> Finding:
 def main(argv: list[str]) -> int:
     """Exit code 0 if every number is finite, 1 if not, 2 for a wrong command."""
     try:
+        if argv[:1] == ["study"] and len(argv) <= 2:
+            from mintrain import study
+
+            study.main(Path(argv[1] if argv[1:] else "runs/study"))
+            return 0
         if len(argv) < 2 or argv[0] != "replay":
             raise ConfigError(
-                "usage: python -m mintrain.numerics replay runs/NAME/nonfinite-STEP [options of train.py]"
+                "usage: python -m mintrain.numerics replay runs/NAME/nonfinite-STEP [options of train.py], "
+                "or python -m mintrain.numerics study [FOLDER]"
             )
         finding = replay(Path(argv[1]), argv[2:])
     except ConfigError as error:

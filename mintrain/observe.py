@@ -1,170 +1,291 @@
-"""Every number of a traced program, watched: an interpreter of jaxprs that also returns what each array was like.
+"""Run a traced program piece by piece and look at its numbers, as a debugger steps through code.
 
-It goes through `jit`, scans, remat and `shard_map`, and does what the program does; what else holds a program (a
-kernel, a branch) is one operation. Of each array of floats it keeps the largest magnitude over all devices, or that
-it holds a NaN; in a scan, of every repeat. `history` then tells what happened, in order.
+A layer (a remat, or one repeat of a scan) runs as one piece, and so does what stands between layers. Only a piece that
+makes a number that is not finite is run again, one operation at a time; so one layer is taken apart, and not the whole
+model. Kernels and branches are one operation. Of each array of floats an event says the largest magnitude over all
+devices, or that it holds a NaN. What is not needed any more is freed.
+
+Inside `shard_map` the arrays of the devices are kept as one, with a first axis of the devices that they differ on.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32
 
 INLINE = ("jaxpr", "call_jaxpr")  # parameters of an equation that hold what it runs, once
 OPAQUE = {"cond", "while", "pallas_call"}
-# Operations whose result has the numbers of their first operand: nothing new to see.
-# fmt: off
-MOVES = {
-    "all_gather", "all_to_all", "broadcast_in_dim", "copy", "dynamic_slice", "name", "neg", "optimization_barrier",
-    "pvary", "reshape", "reshard", "slice", "split", "squeeze", "stop_gradient", "transpose",
-}
-# fmt: on
+LAYERS = {"checkpoint", "remat2", "scan", "shard_map"}
+HELPER = 30  # equations of a `jit` that is no piece of its own; the optimizer has more
+AT_ONCE = 128  # operations that are started before their numbers are read
 LARGEST = float(np.finfo(np.float32).max)
 
 
-class Record(NamedTuple):
-    """What was seen of a program: of its arguments, of each equation's results, and within it, if it was gone into."""
+class Piece(NamedTuple):
+    """What runs at once: an equation, with the program that it holds, or several."""
 
-    arguments: list[Any]
-    results: list[list[Any]]
-    within: list[Any]  # of each equation, a Record, Packed, or None
+    equation: JaxprEqn  # of several, the last one
+    inner: Jaxpr | None
+    consts: Sequence[Any]
+    inputs: Sequence[Any]  # with their shapes on one device
+    outputs: Sequence[Any]
 
-
-class Packed(eqx.Module):
-    """A Record as few arrays: a thousand results of their own would take the compiler minutes."""
-
-    numbers: Float32[Array, "*repeats seen"]
-    parts: list[Any]  # what scans in it have packed
-    tree: Any = eqx.field(static=True)
-    single: tuple[bool, ...] = eqx.field(static=True)  # which leaves are in `numbers`
-
-    def unpack(self) -> Record:
-        numbers, parts = iter(np.moveaxis(self.numbers, -1, 0)), iter(self.parts)
-        return jax.tree.unflatten(self.tree, [next(numbers if one else parts) for one in self.single])
+    @property
+    def name(self) -> str:
+        whole = self.inner is None or self.equation.outvars == list(self.outputs)
+        return self.equation.primitive.name if whole else "several"
 
 
 class Event(NamedTuple):
-    """One equation as it ran once. Integers and masks count as 0."""
+    """One piece as it ran once. Integers and masks count as 0."""
 
-    equation: JaxprEqn
+    piece: Piece
     inputs: list[float]  # largest magnitudes; NaN if there is one
     outputs: list[float]
     scope: str  # names of the places that it is in, from the outermost; in a scan, the number of the repeat
 
 
-def observe(closed: ClosedJaxpr) -> Callable[..., Record]:
-    """A function of the arguments of `closed` that runs it and returns what was seen."""
-    return lambda *arguments: _run(closed.jaxpr, closed.consts, arguments)[1]
+class Seen(NamedTuple):
+    """A value and the look at it, which may not be read yet."""
+
+    value: Any
+    look: Float32[Array, "..."] | float
 
 
-def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[Any], Record]:
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
-    read = lambda atom: atom.val if isinstance(atom, Literal) else known[atom]
-    record = Record([_look(x) for x in arguments], [], [])
-    for eqn in jaxpr.eqns:
-        names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-        with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
-            outputs, within = _apply(eqn, [read(atom) for atom in eqn.invars])
-        record.results.append([None if eqn.primitive.name in MOVES else _look(x) for x in outputs])
-        record.within.append(within)
-        known |= dict(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars], record
+def observe(closed: ClosedJaxpr, arguments: Sequence[Array]) -> Iterator[Event]:
+    """Run `closed`; what happens, in the order in which it does. To stop reading is to stop the run."""
+    pending: list[Event] = []
+    inputs = [Seen(x, look) for x, look in zip(arguments, magnitudes(arguments), strict=True)]
+    for event in _run(closed.jaxpr, closed.consts, inputs, "", None):
+        pending.append(event)
+        if len(pending) == AT_ONCE:
+            yield from _read(pending)
+            pending = []
+    yield from _read(pending)
 
 
-def _apply(eqn: JaxprEqn, inputs: list[Any]) -> tuple[list[Any], Record | Packed | None]:
-    """The results of an equation, and what was seen inside it if it is gone into."""
-    name, params = eqn.primitive.name, eqn.params
-    inner, consts = _inner(eqn)
-    if inner is None:
-        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
-        return list(outputs) if eqn.primitive.multiple_results else [outputs], None
-    if name == "scan":
-        fixed, carried = params["num_consts"], params["num_carry"]
-
-        def body(carry, xs):
-            outputs, record = _run(inner, consts, [*inputs[:fixed], *carry, *xs])
-            return outputs[:carried], (outputs[carried:], _pack(record))
-
-        carry, xs = inputs[fixed : fixed + carried], inputs[fixed + carried :]
-        carry, (ys, packed) = jax.lax.scan(body, carry, xs, length=params["length"], reverse=params["reverse"])
-        return [*carry, *ys], packed
-    if name == "shard_map":
-
-        def mapped(*inputs):
-            outputs, record = _run(inner, consts, inputs)
-            return outputs, jax.tree.map(_over_devices, _pack(record))
-
-        specs = dict(in_specs=tuple(params["in_specs"]), out_specs=(list(params["out_specs"]), P()))
-        return jax.shard_map(mapped, mesh=params["mesh"], **specs)(*inputs)
-    return _run(inner, consts, inputs)
+def magnitudes(arrays: Sequence[Array]) -> list[float]:
+    return [0.0 if look is None else _number(look) for look in jax.device_get(_looks(arrays))]
 
 
-def _inner(eqn: JaxprEqn) -> tuple[Jaxpr | None, Sequence[Any]]:
-    """The program that an equation holds, with its constants, if it is gone into."""
+@jax.jit
+def _looks(arrays: Sequence[Array]) -> list[Float32[Array, ""] | None]:
+    return list(map(_look, arrays))
+
+
+def _read(pending: list[Event]) -> list[Event]:
+    looks = jax.device_get([(event.inputs, event.outputs) for event in pending])
+    return [
+        event._replace(inputs=list(map(_number, inputs)), outputs=list(map(_number, outputs)))
+        for event, (inputs, outputs) in zip(pending, looks, strict=True)
+    ]
+
+
+def _run(
+    jaxpr: Jaxpr, consts: Sequence[Any], arguments: list[Seen], scope: str, mesh: Mesh | None, apart: bool = False
+) -> Generator[Event, None, list[Seen]]:
+    """Yields events whose numbers may not be read yet, and returns the results. apart: each equation alone."""
+    constants = [Seen(_on_devices(mesh, x), _constant(x)) for x in consts]
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    arguments.clear()
+    pieces = [_alone(eqn) for eqn in jaxpr.eqns] if apart else _pieces(jaxpr)
+    last = {atom: i for i, piece in enumerate(pieces) for atom in piece.inputs if not isinstance(atom, Literal)}
+    last |= {atom: len(pieces) for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+
+    def read(atom: Any) -> Seen:
+        return Seen(_on_devices(mesh, atom.val), _constant(atom.val)) if isinstance(atom, Literal) else known[atom]
+
+    for i, piece in enumerate(pieces):
+        inputs = [read(atom) for atom in piece.inputs]
+        for atom in piece.inputs:
+            if not isinstance(atom, Literal) and last[atom] == i:
+                known.pop(atom, None)
+        kind = piece.equation.primitive.name if piece.inner is not None else ""
+        run = {"scan": _scan, "shard_map": _shard_map}.get(kind, _piece)
+        here = scope if piece.name == "several" else f"{scope}/{piece.equation.source_info.name_stack}"
+        outputs = yield from run(piece, inputs, here, mesh)
+        known |= {v: out for v, out in zip(piece.outputs, outputs, strict=True) if v in last}
+        del inputs, outputs
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _piece(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> Generator[Event, None, list[Seen]]:
+    """Run it at once; then again in its parts if it makes what is not finite."""
+    values, looks = _compiled(piece, mesh)(*[seen.value for seen in inputs])
+    outputs = [Seen(x, 0.0 if look is None else look) for x, look in zip(values, looks, strict=True)]
+    event = Event(piece, [seen.look for seen in inputs], [seen.look for seen in outputs], scope)
+    if piece.inner is not None and not all(map(math.isfinite, map(_number, jax.device_get(event.outputs)))):
+        outputs = yield from _run(piece.inner, piece.consts, inputs, scope, mesh, apart=True)
+        if not all(map(math.isfinite, map(_number, jax.device_get([seen.look for seen in outputs])))):
+            return outputs  # the events of the parts have told it
+    yield event
+    return outputs
+
+
+def _scan(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> Generator[Event, None, list[Seen]]:
+    params, inner = piece.equation.params, piece.inner
+    fixed, carried = params["num_consts"], params["num_carry"]
+    constants, carry, xs = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
+    cut = [_at(mesh, _spec(mesh, var)) for var in inner.invars[fixed + carried :]]
+    order, rows = range(params["length"]), []
+    for i in reversed(order) if params["reverse"] else order:
+        here = [*constants, *carry, *(Seen(at(x.value, i), x.look) for at, x in zip(cut, xs, strict=True))]
+        if mesh is None:  # a microbatch, which holds everything
+            outputs = yield from _run(inner, piece.consts, here, f"{scope}/{i}", mesh)
+        else:
+            once = piece._replace(inputs=inner.invars, outputs=inner.outvars)
+            outputs = yield from _piece(once, here, f"{scope}/{i}", mesh)
+        carry = outputs[:carried]
+        rows.append(outputs[carried:])
+    columns = zip(*(rows[::-1] if params["reverse"] else rows), strict=True)
+    stacks = [_stack(mesh, _spec(mesh, var)) for var in inner.outvars[carried:]]
+    return carry + [
+        Seen(stack(*[x.value for x in column]), _largest(*[x.look for x in column]))
+        for stack, column in zip(stacks, columns, strict=True)
+    ]
+
+
+def _shard_map(piece: Piece, inputs: list[Seen], scope: str, _: None) -> Generator[Event, None, list[Seen]]:
+    mesh = next(x.value.sharding.mesh for x in inputs if isinstance(x.value, Array))
+    params, inner = piece.equation.params, piece.inner
+    enter = [_enter(mesh, spec, _spec(mesh, var)) for spec, var in zip(params["in_specs"], inner.invars, strict=True)]
+    leave = [_leave(mesh, _spec(mesh, var), s) for var, s in zip(inner.outvars, params["out_specs"], strict=True)]
+    inside = [Seen(change(x.value), x.look) for change, x in zip(enter, inputs, strict=True)]
+    outputs = yield from _run(inner, piece.consts, inside, scope, mesh)
+    return [Seen(change(x.value), x.look) for change, x in zip(leave, outputs, strict=True)]
+
+
+def _alone(eqn: JaxprEqn) -> Piece:
     opaque = eqn.primitive.name in OPAQUE or not eqn.params.get("check_vma", True)
-    inner = next((eqn.params[key] for key in INLINE if key in eqn.params and not opaque), None)
-    return (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+    inner, consts = next((eqn.params[key] for key in INLINE if key in eqn.params and not opaque), None), ()
+    if isinstance(inner, ClosedJaxpr):
+        inner, consts = inner.jaxpr, inner.consts
+    return Piece(eqn, inner, consts, eqn.invars, eqn.outvars)
 
 
-def _look(x: Any) -> Float32[Array, ""] | None:
-    """The largest magnitude on this device; LARGEST for infinity and infinity for NaN, which no maximum passes by."""
-    if not jnp.issubdtype(jax.typeof(x).dtype, np.floating):
+@cache
+def _pieces(jaxpr: Jaxpr) -> list[Piece]:
+    """Layers, and what stands between them."""
+    pieces: list[Piece] = []
+    between: list[JaxprEqn] = []
+    for i, eqn in enumerate(jaxpr.eqns):
+        inner = _alone(eqn).inner
+        layer = inner is not None and (eqn.primitive.name in LAYERS or len(inner.eqns) > HELPER)
+        if not layer:
+            between.append(eqn)
+        if between and (layer or i == len(jaxpr.eqns) - 1):
+            later = {atom for eqn in jaxpr.eqns[i if layer else i + 1 :] for atom in _variables(eqn.invars)}
+            later |= set(_variables(jaxpr.outvars))
+            made = [var for eqn in between for var in eqn.outvars]
+            given = dict.fromkeys(atom for eqn in between for atom in _variables(eqn.invars))
+            ins = [atom for atom in given if atom not in set(made)]
+            outs = [var for var in made if var in later]
+            inner = Jaxpr(constvars=[], invars=ins, outvars=outs, eqns=between, debug_info=jaxpr.debug_info.with_unknown_names())
+            pieces.append(Piece(between[-1], inner, (), ins, outs))
+            between = []
+        if layer:
+            pieces.append(_alone(eqn))
+    return pieces
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+_functions: dict[Any, Callable] = {}
+
+
+def _compiled(piece: Piece, mesh: Mesh | None) -> Callable[..., tuple[list[Array], list[Array | None]]]:
+    """A piece as a compiled function that returns the looks too. Equal equations have one."""
+    eqn, inner = piece.equation, piece.inner
+    in_specs, out_specs = (tuple(_spec(mesh, var) for var in side) for side in (piece.inputs, piece.outputs))
+    key = (mesh, inner or (eqn.primitive, eqn.ctx.cur_abstract_mesh, in_specs, *eqn.params.items()))
+    try:
+        hash(key)
+    except TypeError:
+        key = (mesh, eqn)
+    if key not in _functions:
+
+        def run(*inputs: Array) -> list[Array]:
+            if inner is not None:
+                return jax.core.eval_jaxpr(inner, piece.consts, *inputs)
+            with eqn.ctx.manager:
+                outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+            return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+        def mapped(*inputs: Array) -> list[Array]:
+            return [x[None] for x in run(*[x[0] for x in inputs])]
+
+        specs = dict(in_specs=in_specs, out_specs=list(out_specs))
+        whole = run if mesh is None else jax.shard_map(mapped, mesh=mesh, **specs)
+        looked = lambda *inputs: (outputs := whole(*inputs), list(map(_look, outputs)))
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        _functions[key] = jax.jit(looked, compiler_options=options)
+    return _functions[key]
+
+
+def _spec(mesh: Mesh | None, var: Any) -> P:
+    """How the first axis of a value inside `shard_map` lies: over the mesh axes that the value varies over."""
+    return P() if mesh is None else P(tuple(a for a in mesh.axis_names if a in var.aval.manual_axis_type.varying))
+
+
+@cache
+def _enter(mesh: Mesh, outside: P, inside: P) -> Callable[[Array], Array]:
+    return jax.jit(jax.shard_map(lambda x: x[None], mesh=mesh, in_specs=outside, out_specs=inside))
+
+
+@cache
+def _leave(mesh: Mesh, inside: P, outside: P) -> Callable[[Array], Array]:
+    return jax.jit(jax.shard_map(lambda x: x[0], mesh=mesh, in_specs=inside, out_specs=outside))
+
+
+def _on_devices(mesh: Mesh | None, x: Any) -> Any:
+    """A constant, the same on all devices."""
+    return x if mesh is None else jax.device_put(np.asarray(x)[None], jax.NamedSharding(mesh, P()))
+
+
+@cache
+def _at(mesh: Mesh | None, spec: P) -> Callable[[Array, int], Array]:
+    if mesh is None:
+        return jax.jit(lambda x, i: x[i])
+    return jax.jit(jax.shard_map(lambda x, i: x[:, i], mesh=mesh, in_specs=(spec, P()), out_specs=spec))
+
+
+@cache
+def _stack(mesh: Mesh | None, spec: P) -> Callable[..., Array]:
+    whole = lambda *xs: jnp.stack(xs)
+    if mesh is None:
+        return jax.jit(whole)
+    return jax.jit(jax.shard_map(lambda *xs: jnp.stack(xs, axis=1), mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+@jax.jit
+def _largest(*looks: Float32[Array, ""] | float) -> Float32[Array, ""]:
+    return jnp.max(jnp.stack([jnp.asarray(look, jnp.float32) for look in looks]))
+
+
+def _look(x: Array) -> Float32[Array, ""] | None:
+    """The largest magnitude; LARGEST for infinity and infinity for NaN, which XLA's CPU maximum loses."""
+    if not jnp.issubdtype(x.dtype, np.floating):
         return None
     x = jnp.abs(x).astype(jnp.float32)
     return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.minimum(x, LARGEST)), initial=0)
 
 
-def _number(seen: np.ndarray | np.floating | None) -> float:
-    largest = 0.0 if seen is None else float(seen)
+def _number(seen: Any) -> float:
+    largest = float(seen)
     return math.nan if math.isinf(largest) else math.inf if largest == LARGEST else largest
 
 
-def _pack(record: Record) -> Packed:
-    leaves, tree = jax.tree.flatten(record)
-    single = tuple(leaf.ndim == 0 for leaf in leaves)
-    numbers = jnp.stack([leaf for leaf in leaves if leaf.ndim == 0])
-    return Packed(numbers, [leaf for leaf in leaves if leaf.ndim > 0], tree, single)
-
-
-def _over_devices(numbers: Float32[Array, "*repeats seen"]) -> Float32[Array, "*repeats seen"]:
-    axes = tuple(jax.typeof(numbers).manual_axis_type.varying)
-    return jax.lax.pmax(numbers, axes) if axes else numbers
-
-
-def arguments(record: Record) -> list[float]:
-    return list(map(_number, record.arguments))
-
-
-def history(jaxpr: Jaxpr, record: Record, scope: str = "") -> Iterator[Event]:
-    """What happened, in the order in which it did. `record` is on the host."""
-    known = dict(zip(jaxpr.invars, arguments(record), strict=True))
-    for eqn, results, within in zip(jaxpr.eqns, record.results, record.within, strict=True):
-        here, outputs = f"{scope}/{eqn.source_info.name_stack}", list(map(_number, results))
-        inputs = [_constant(a.val) if isinstance(a, Literal) else known.get(a, 0.0) for a in eqn.invars]
-        within = within.unpack() if isinstance(within, Packed) else within
-        if eqn.primitive.name in MOVES:
-            outputs = inputs if len(inputs) == len(outputs) else [inputs[0]] * len(outputs)
-        elif within is None:
-            yield Event(eqn, inputs, outputs, here)
-        elif eqn.primitive.name == "scan":
-            order = range(eqn.params["length"])
-            for i in reversed(order) if eqn.params["reverse"] else order:
-                once = jax.tree.map(lambda x, i=i: x[i], within)
-                yield from history(_inner(eqn)[0], once, f"{here}/{i}")
-        else:
-            yield from history(_inner(eqn)[0], within, here)
-        known |= dict(zip(eqn.outvars, outputs, strict=True))
-
-
 def _constant(x: Any) -> float:
-    """A NaN that is written into the program is made where it is used."""
+    """A NaN or an infinity that is written into the program is made where it is used."""
     x = np.asarray(x)
     return float(np.nanmax(np.abs(x.astype(np.float64)), initial=0)) if x.dtype.kind in "fV" else 0.0

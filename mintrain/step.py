@@ -1,6 +1,7 @@
 """The train step: loss and model inside one `shard_map`, gradient and optimizer around it, all in one jit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import equinox as eqx
@@ -11,9 +12,9 @@ import optax
 from einops import rearrange
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer, PyTree, UInt32
 
-from mintrain import carriers
+from mintrain import carriers, watch
 from mintrain.arrays import check, weights
 from mintrain.config import Config
 from mintrain.context import collect, deal
@@ -56,6 +57,7 @@ class Metrics(eqx.Module):
     balance: Float32[Array, ""] | None  # the routers' balance loss: 1 where all experts are used alike
     expert_load: Float32[Array, ""] | None  # the largest load of an expert relative to the mean of its layer
     indexer_kl: Float32[Array, ""] | None  # nats per token and layer
+    seen: watch.Seen | None  # of a watched step
 
 
 def init_state(cfg: Config, model: LM | None = None) -> State:
@@ -104,7 +106,9 @@ def abstract_batch(cfg: Config, mesh: AnyMesh) -> Batch:
     return place(mesh, shapes, jax.tree.map(lambda _: BATCH, shapes))
 
 
-def sharded_loss(cfg: Config, mesh: AnyMesh, model: LM) -> Callable[[LM, Batch, Counts], tuple[Array, Report]]:
+def sharded_loss(
+    cfg: Config, mesh: AnyMesh, model: LM, watched: bool = False
+) -> Callable[[LM, Batch, Counts], tuple[Array, Report]]:
     """The loss of one microbatch as a function of whole arrays; `model` gives the layouts."""
     loss = partial(
         next_token_loss,
@@ -113,6 +117,7 @@ def sharded_loss(cfg: Config, mesh: AnyMesh, model: LM) -> Callable[[LM, Batch, 
         z_loss=cfg.z_loss,
         mtp_weight=cfg.mtp_weight,
         indexer_only=cfg.indexer == "warmup",
+        watched=watched,
     )
     return jax.shard_map(loss, mesh=mesh, in_specs=(specs(model), P(*BATCH[1:]), P()), out_specs=P())
 
@@ -123,32 +128,40 @@ def count(batch: Batch) -> Counts:
     return Counts(jnp.maximum(jnp.sum(batch.weights), 1.0), jnp.maximum(real, 1.0))
 
 
+def wide(gradients: PyTree[Float[Array, "..."]]) -> PyTree[Float32[Array, "..."]]:
+    return jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+
+
 def add(
-    total: PyTree[Float32[Array, "..."], "Model"], part: PyTree[Float32[Array, "..."], "Model"]
+    total: PyTree[Float32[Array, "..."], "Model"], part: PyTree[Float[Array, "..."], "Model"]
 ) -> PyTree[Float32[Array, "..."], "Model"]:
     """Gradients are accumulated in float32."""
-    return jax.tree.map(jnp.add, total, part)
+    return jax.tree.map(jnp.add, total, wide(part))
 
 
-def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The whole step as one jitted function that donates its state."""
+def make_train_step(
+    cfg: Config, mesh: AnyMesh, watched: bool = False
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The whole step as one jitted function that donates its state. watched: it also tells what its layers hold."""
     abstract = abstract_state(cfg, mesh)
     which = trainable(cfg, abstract.model)
     trained, _ = eqx.partition(abstract.model, which)
     transform, learning_rate = optimizer(cfg.optim, cfg.steps, trained), schedule(cfg.optim, cfg.steps)
     layouts, shapes = specs(trained), carriers.carrier_shapes(trained)
-    loss = sharded_loss(cfg, mesh, carriers.carry(abstract.model, shapes))
+    loss = sharded_loss(cfg, mesh, carriers.carry(abstract.model, shapes), watched)
     loss_and_grad = jax.value_and_grad(
         lambda trained, carried, frozen, *rest: loss(carriers.carry(eqx.combine(trained, frozen), carried), *rest),
         argnums=(0, 1),
         has_aux=True,
     )
 
+    @jax.jit
     @jax.named_scope("optimizer")
-    def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState]:
+    def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState, Float32[Array, ""]]:
+        """Also the norm of what is added to the weights."""
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
-            updates, opt = transform.update(grads, opt, model)
-            return optax.apply_updates(model, updates), opt
+            updates, opt = transform.update(wide(grads), opt, model)
+            return optax.apply_updates(model, updates), opt, optax.tree.norm(updates)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         check(state.model)
@@ -157,10 +170,9 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
 
         def microbatch(
             total: LM | None, micro: Batch
-        ) -> tuple[PyTree[Float32[Array, "..."]], tuple[Float32[Array, ""], Report]]:
+        ) -> tuple[PyTree[Float[Array, "..."]], tuple[Float32[Array, ""], Report]]:
             parts, (grads, carried) = loss_and_grad(trained, carriers.zeros(shapes), frozen, micro, counts)
-            wide = jax.tree.map(lambda g: g.astype(jnp.float32), carried)
-            grads = eqx.tree_at(carriers.layers, grads, wide)
+            grads = eqx.tree_at(carriers.layers, grads, carried)
             return grads if total is None else add(total, grads), parts
 
         if cfg.accumulate == 1:  # without a second copy of the gradients to add to
@@ -170,12 +182,15 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
             zeros = jax.tree.map(zero, trained, named(mesh, layouts))
             grads, parts = jax.lax.scan(microbatch, zeros, batch)
             loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            report = replace(report, seen=watch.over_microbatches(parts[1].seen))
+        grad_norm = optax.tree.norm(wide(grads))
 
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
-        free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained))))
-        updated, opt = free(grads, state.opt, trained)
+        free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained), P())))
+        # The update is made twice, as nothing may be overwritten before all of it is known to be finite.
+        *_, update_norm = free(*jax.lax.optimization_barrier((grads, state.opt, trained)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        updated, opt, _ = free(grads, state.opt, trained)
         model = eqx.combine(updated, frozen)
         if cfg.indexer == "sparse" and not cfg.lora.rank:
             model = balance_experts(model, report)
@@ -188,7 +203,8 @@ def make_train_step(cfg: Config, mesh: AnyMesh) -> Callable[[State, Batch], tupl
             key=state.key,
         )
         lr = learning_rate(state.step - state.skipped)
-        return new, metrics(report, counts, grad_norm, lr, finite, new.skipped)
+        seen = watch.Seen(report.seen, report.load, *watch.gradient_norms(wide(grads), cfg.model)) if watched else None
+        return new, metrics(report, counts, grad_norm, lr, finite, new.skipped, seen)
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(mesh))
 
@@ -212,6 +228,7 @@ def metrics(
     lr: Float32[Array, ""],
     finite: Bool[Array, ""],
     skipped: Int32[Array, ""],
+    seen: watch.Seen | None,
 ) -> Metrics:
     mean = lambda total, count: None if total is None else total / count
     loads = [load for load in report.load if load is not None]
@@ -226,6 +243,7 @@ def metrics(
         balance=mean(report.balance, counts.tokens),
         expert_load=jnp.max(jnp.stack(relative)) if relative else None,
         indexer_kl=mean(report.indexer_kl, counts.tokens),
+        seen=seen,
     )
 
 

@@ -10,7 +10,7 @@ FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in ROO
 
 ROWS = (  # a file imports from the rows above its own, never from a later one
     {"arrays", "config"},
-    {"collectives", "sharding"},
+    {"collectives", "sharding", "watch"},
     {"context", "layers/splash"},
     {"layers/linear"},  # how every layer gathers a weight
     {"layers/norm", "layers/rope", "layers/mlp", "layers/embedding", "layers/attend"},
@@ -40,7 +40,8 @@ BESIDE = {
     "chat": {"tokenizer"},
     "data": {"chat", "tokenizer"},
     "generate": {"chat", "load", "options"},
-    "numerics": {"checkpoint", "observe", "options"},
+    "numerics": {"checkpoint", "observe", "options", "study"},
+    "study": {"audit", "data"},
 }
 
 

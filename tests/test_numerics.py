@@ -10,6 +10,9 @@ import pytest
 import tiny
 
 from mintrain import numerics, sharding, step
+from mintrain.config import Mesh
+
+EIGHT = {"gemma": Mesh(fsdp=2, tensor=2, context=2), "deepseek": Mesh(fsdp=2, expert=2, tensor=2)}
 
 
 @pytest.fixture(autouse=True)
@@ -18,33 +21,49 @@ def planted(monkeypatch):
 
 
 @cache
-def built():
-    """Config, mesh, state, batch and the step. Compiled once for all faults."""
-    cfg = dataclasses.replace(tiny.CONFIG, model=faults.MODEL)
-    mesh = sharding.make_mesh(cfg.mesh)
-    return cfg, mesh, step.new_state(cfg, mesh), tiny.on_mesh(cfg, mesh, tiny.batch(0)), step.make_train_step(cfg, mesh)
+def built(family: str, eight: bool, scan: bool):
+    """Config, mesh, the step, and how a state and a batch are made. Nothing is donated."""
+    mesh = EIGHT[family] if eight else Mesh()
+    cfg = dataclasses.replace(
+        tiny.CONFIG, model=faults.MODELS[family], mesh=mesh, per_device_batch_size=8 / mesh.devices, scan_layers=scan
+    )
+    devices = sharding.make_mesh(cfg.mesh)
+    state = step.new_state(cfg, devices)
+    batch = tiny.on_mesh(cfg, devices, tiny.batch(0))
+    return cfg, devices, state, batch, step.make_train_step(cfg, devices)
 
 
 def copied(state: step.State) -> step.State:
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x).copy(), x.sharding), state)
 
 
-@pytest.mark.slow
-def test_a_healthy_step_is_finite_and_makes_nothing_that_is_not():
-    cfg, mesh, state, batch, _ = built()
+FORMS = [("gemma", False, True), ("deepseek", False, True), ("gemma", True, True), ("deepseek", True, True)]
+FORMS += [("gemma", False, False), ("deepseek", False, False), ("gemma", True, False), ("deepseek", True, False)]
+CASES = [(*form, name) for form in FORMS for name in faults.FAULTS[form[0]]]
+
+
+def label(case: tuple) -> str:
+    family, eight, scan, name = case
+    return f"{family}, {'8 devices' if eight else 'one device'}, {'scanned' if scan else 'unrolled'}: {name}"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: label((*form, "")))
+def test_a_healthy_step_is_finite_and_makes_nothing_that_is_not(form):
+    cfg, mesh, state, batch, _ = built(*form)
     assert numerics.find(cfg, mesh, state, batch).finite
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", faults.FAULTS)
-def test_the_operation_and_the_layer_of_a_fault_are_found_and_no_parameter_changes(name):
-    cfg, mesh, state, batch, train_step = built()
-    fault = faults.FAULTS[name]
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_the_operation_and_the_layer_of_a_fault_are_found_and_no_parameter_changes(case):
+    family, eight, scan, name = case
+    cfg, mesh, state, batch, train_step = built(family, eight, scan)
+    fault = faults.FAULTS[family][name]
     state, batch = faults.plant_in(fault, state, batch)
     found = numerics.find(cfg, mesh, state, batch)
     assert found.first is not None, found
-    assert found.first.name in fault.operations, str(found)
-    assert (found.first.layer, found.first.module, found.first.phase) == (fault.layer, fault.module, fault.phase)
+    said = (found.first.layer, found.first.module, found.first.name, found.first.phase)
+    assert found.first.name in fault.operations, found
+    assert said == (fault.layer, fault.module, found.first.name, fault.phase), found
 
     before = jax.tree.map(np.asarray, (state.model, state.opt))
     new, metrics = train_step(copied(state), batch)

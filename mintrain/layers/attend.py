@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
 
+from mintrain import watch
 from mintrain.layers.splash import fits, splash_attention
 
 BLOCK = 1 << 24  # float32 logits of one block of queries on one device: 64 MiB
@@ -75,6 +76,28 @@ def attend(
     return jnp.einsum("bngqk,bnkv->bngqv", weights.astype(v.dtype), v)
 
 
+def query_statistics(
+    logits: Float32[Array, "batch kv_heads group query key"],
+    mask: Bool[Array, "batch query key"],
+    softcap: float | None,
+) -> Float32[Array, "batch kv_heads group query 2"]:
+    """Of each query the largest magnitude of its logits before the cap, and the entropy of its attention in nats."""
+    capped = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    weights = masked_softmax(capped, mask)
+    largest = jnp.max(jnp.where(mask[:, None, None], jnp.abs(logits), 0.0), axis=-1)
+    entropy = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1.0)), axis=-1)
+    return jnp.stack([largest, entropy], axis=-1)
+
+
+def record_attention(
+    statistics: Float32[Array, "batch query kv_heads group 2"], segments: Int32[Array, "batch query"]
+) -> None:
+    queries = jnp.sum(segments > 0, dtype=jnp.float32)  # those of padding see nothing, and have an entropy of 0
+    watch.record("attention_logit", lambda: jnp.max(statistics[..., 0]))
+    of_query = lambda: jnp.sum(jnp.mean(statistics[..., 1], axis=(2, 3)))
+    watch.record("attention_entropy", lambda: of_query() / jnp.maximum(queries, 1.0))
+
+
 def over_blocks(function: Callable, queries: PyTree[Array], rows: int) -> PyTree[Array]:
     """`function` of `rows` queries at a time: arrays go in and come out as "batch seq ...".
 
@@ -115,15 +138,21 @@ def attend_places(
     then go through one kernel, elsewhere a window's queries take only the keys in their reach. None in a cache.
     """
     runs = (None,) if starts is None else starts
-    size, outs = q.shape[1] // len(runs), []
+    size, outs, seen = q.shape[1] // len(runs), [], []
     for i, start in enumerate(runs):
         run, at = jax.tree.map(lambda x, i=i: x[:, i * size : (i + 1) * size], (q, queries))
         if start is not None and fits(size):
-            run = rearrange(run, "b q n g h -> b n g q h")
-            out = splash_attention(run, k, v, at.segments, keys.segments, start, scale, softcap, window)
+            rows = rearrange(run, "b q n g h -> b n g q h")
+            out = splash_attention(rows, k, v, at.segments, keys.segments, start, scale, softcap, window)
             outs.append(rearrange(out, "b n g q v -> b q n g v"))
         else:
             outs.append(_in_blocks(run, k, v, at, keys, scale, softcap, window, start))
+        if watch.on():  # beside the attention, as a kernel does not show its logits
+            look = lambda q, k, v, mask, scale, cap: query_statistics(attention_logits(q, k, scale, None), mask, cap)
+            arrays = jax.lax.stop_gradient((run, k, v))
+            seen.append(_in_blocks(*arrays, at, keys, scale, softcap, window, start, look))
+    if seen:
+        record_attention(jnp.concatenate(seen, axis=1), queries.segments)
     return jnp.concatenate(outs, axis=1)
 
 
@@ -137,7 +166,9 @@ def _in_blocks(
     softcap: float | None,
     window: int | None,
     start: Int32[Array, ""] | int | None,
-) -> Float[Array, "batch query kv_heads group value"]:
+    one: Callable[..., Array] = attend,
+) -> Float[Array, "batch query kv_heads group out"]:
+    """`one` of blocks of queries."""
     batch, seq, n, g, _ = q.shape
     length = k.shape[2]
     before = length if window is None or start is None else window - 1  # keys that a query sees before its own
@@ -147,7 +178,7 @@ def _in_blocks(
     # Gradients of keys and values are sums over blocks: in float32.
     dtype, k, v = q.dtype, *((x.astype(jnp.float32) for x in (k, v)) if rows < seq else (k, v))
 
-    def block(part: tuple[Array, Places, Array]) -> Float[Array, "batch row kv_heads group value"]:
+    def block(part: tuple[Array, Places, Array]) -> Float[Array, "batch row kv_heads group out"]:
         q, queries, place = part
         reached = (k, v, keys.positions, keys.segments)
         if near:
@@ -158,7 +189,7 @@ def _in_blocks(
         nearby_k, nearby_v, positions, segments = reached
         mask = visible(queries.positions, positions, queries.segments, segments, window)
         q = rearrange(q, "b q n g h -> b n g q h")
-        out = attend(q, nearby_k.astype(dtype), nearby_v.astype(dtype), mask, scale, softcap)
+        out = one(q, nearby_k.astype(dtype), nearby_v.astype(dtype), mask, scale, softcap)
         return rearrange(out, "b n g q v -> b q n g v")
 
     place = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq)) + (0 if start is None else start)

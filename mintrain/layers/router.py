@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from mintrain import config
+from mintrain import config, watch
 from mintrain.arrays import buffer
 from mintrain.collectives import psum, vary_like
 from mintrain.layers.linear import gather, normal
@@ -118,7 +118,9 @@ class Router(eqx.Module):
         if self.scale is not None:
             x = x * inverse_rms(x, self.eps) * (vary_like(self.scale, x) * x.shape[-1] ** -0.5)[None]
         weight = gather("embed/fsdp/expert routes -> embed routes", self.weight, x.dtype)
-        scores = router_scores(router_logits(x, weight), self.cfg.score)
+        logits = router_logits(x, weight)
+        watch.record("router_logit", lambda: jnp.max(jnp.abs(logits)))
+        scores = router_scores(logits, self.cfg.score)
         index = choose(scores if self.bias is None else scores + self.bias[None], self.cfg)
         weights = combine_weights(scores, index, self.cfg)
         if self.expert_scale is not None:

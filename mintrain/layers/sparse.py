@@ -8,6 +8,7 @@ grows with seq x seq. `gathered` fetches the chosen keys as they are compressed 
 queries (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): seq x topk. The scores of the indexer need seq x seq in both.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -16,8 +17,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from mintrain import watch
 from mintrain.collectives import psum
-from mintrain.layers.attend import BLOCK, attention_logits, masked_softmax, over_blocks, visible
+from mintrain.layers.attend import (
+    BLOCK,
+    attention_logits,
+    masked_softmax,
+    over_blocks,
+    query_statistics,
+    record_attention,
+    visible,
+)
 from mintrain.layers.cache import Latents
 from mintrain.layers.indexer import indexer_kl, indexer_logits, indexer_scores, top_keys, top_mask
 
@@ -30,6 +40,15 @@ class Queries(eqx.Module):
     index_weights: Float32[Array, "batch seq index_heads"]
     positions: Int32[Array, "batch seq"]
     segments: Int32[Array, "batch seq"]
+
+
+class Attended(eqx.Module):
+    """What a block of queries makes."""
+
+    out: Float[Array, "batch query heads v"]
+    kl: Float32[Array, "batch query"]
+    seen: Float32[Array, "batch query kv_heads group 2"] | None  # of the attention logits, if they are watched
+    index_logit: Float32[Array, "batch query"] | None = None  # the largest of the indexer, if it is watched
 
 
 def expand(
@@ -71,13 +90,14 @@ def masked(
     scores: Float32[Array, "batch query key"],
     mask: Bool[Array, "batch query key"],
     scale: float,
-) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
+) -> Attended:
     """Attention over all keys, and the KL, both within `mask`."""
     k, v = expanded
     q = rearrange(queries.q, "b q n h -> b n 1 q h")
-    weights = masked_softmax(attention_logits(q, k, scale, None), mask)
+    logits = attention_logits(q, k, scale, None)
+    weights = masked_softmax(logits, mask)
     out = jnp.einsum("bngqk,bnkv->bqnv", weights.astype(v.dtype), v)
-    return out, indexer_kl(scores, target(weights), mask)
+    return Attended(out, indexer_kl(scores, target(weights), mask), _watched(logits, mask))
 
 
 def gathered(
@@ -88,15 +108,25 @@ def gathered(
     chosen: tuple[Int32[Array, "batch query chosen"], Bool[Array, "batch query chosen"]],
     nope: int,
     scale: float,
-) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
+) -> Attended:
     """Attention over the chosen keys alone, and the KL. In training the keys are float32: their gradients sum in it."""
     index, real = chosen
     rank, dtype = up.shape[0], queries.q.dtype
     k = jax.vmap(lambda rows, at: rows[at])(compressed, index).astype(dtype)
-    weights = masked_softmax(gathered_logits(absorb(queries.q, up, nope), k, scale), real)
+    logits = gathered_logits(absorb(queries.q, up, nope), k, scale)
+    weights = masked_softmax(logits, real)
     mixed = jnp.einsum("bgnqk,bqkc->bqnc", weights.astype(dtype), k[..., :rank])
     out = jnp.einsum("bqnc,cnv->bqnv", mixed, up[..., nope:])
-    return out, indexer_kl(jnp.take_along_axis(scores, index, axis=-1), target(weights), real)
+    kl = indexer_kl(jnp.take_along_axis(scores, index, axis=-1), target(weights), real)
+    return Attended(out, kl, _watched(logits, real))
+
+
+def _watched(
+    logits: Float32[Array, "batch kv_heads group query key"], mask: Bool[Array, "batch query key"]
+) -> Float32[Array, "batch query kv_heads group 2"] | None:
+    if not watch.on():
+        return None
+    return rearrange(query_statistics(jax.lax.stop_gradient(logits), mask, None), "b n g q s -> b q n g s")
 
 
 def sparse_attention(
@@ -122,13 +152,23 @@ def sparse_attention(
     shared = wide(keys.compressed if gathers else expand(keys.compressed, up, nope))
     index_k, up = wide(keys.index_k), wide(up)
 
-    def block(part: Queries) -> tuple[Float[Array, "batch query heads v"], Float32[Array, "batch query"]]:
+    def block(part: Queries) -> Attended:
         mask = visible(part.positions, keys.positions, part.segments, keys.segments, None)
-        scores = indexer_scores(indexer_logits(part.index_q, narrow(index_k)), part.index_weights)
+        logits = indexer_logits(part.index_q, narrow(index_k))
+        scores = indexer_scores(logits, part.index_weights)
         if gathers:
-            return gathered(part, shared, narrow(up), scores, top_keys(scores, mask, topk), nope, scale)
-        return masked(part, narrow(shared), scores, mask if topk is None else top_mask(scores, mask, topk), scale)
+            done = gathered(part, shared, narrow(up), scores, top_keys(scores, mask, topk), nope, scale)
+        else:
+            done = masked(part, narrow(shared), scores, mask if topk is None else top_mask(scores, mask, topk), scale)
+        if not watch.on():
+            return done
+        largest = jnp.max(jnp.where(mask[:, None], jax.lax.stop_gradient(logits), 0.0), axis=(1, 3))
+        return replace(done, index_logit=largest)
 
     batch, _, heads, _ = queries.q.shape
     width = length * queries.index_q.shape[2] + heads * (length if not gathers or topk is None else topk)
-    return over_blocks(block, queries, max(BLOCK // (batch * width), 1))
+    done = over_blocks(block, queries, max(BLOCK // (batch * width), 1))
+    if done.seen is not None:
+        record_attention(done.seen, queries.segments)
+        watch.record("indexer_logit", lambda: jnp.max(done.index_logit))
+    return done.out, done.kl
