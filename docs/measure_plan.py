@@ -63,9 +63,9 @@ def main(names: list[str]) -> None:
         key = json.dumps(row)
         if key not in known and (not names or row[0] in names):
             done = subprocess.run([sys.executable, __file__, "--row", key], capture_output=True, text=True)
-            last = (
-                done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
-            )
+            said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+            # The compiler's own aborts say first what is wrong, and then much else.
+            last = next((line for line in said if "Check failed" in line), said[-1])
             known[key] = json.loads(last) if done.returncode == 0 else {"error": last}
             print(key, last[:300], flush=True)
             file.parent.mkdir(exist_ok=True)

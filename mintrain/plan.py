@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     available_gib: float
     flops: dict[str, float]
     collectives: dict[str, list[float]]  # calls and received bytes of a device in a step
+    gathers: dict[str, int]  # places of the compiled program: those that run beside products, and those that do not
     compile_s: float
     predicted: dict[str, float]
     proved: dict[str, int]  # paths to an exponential or a choice; none compiled if it does not fit
@@ -137,8 +138,11 @@ def make(cfg: Config, name: str) -> Plan:
         arguments = bytes_per_device(state) + bytes_per_device(batch)
         peak = float(sizes[1]) * (GIB if sizes[2] == "G" else 1 << 20)
     compile_s = time.perf_counter() - start
+    gathers = {}
     if compiled is not None:
-        paths["compiled"] = len(proved(audit_hlo.audit(compiled.as_text()), "compiled"))
+        text = compiled.as_text()
+        paths["compiled"] = len(proved(audit_hlo.audit(text), "compiled"))
+        gathers = overlap(text)
     memory = {
         "parameters": bytes_per_device(state.model),
         "optimizer": bytes_per_device(state.opt),
@@ -169,6 +173,7 @@ def make(cfg: Config, name: str) -> Plan:
         available_gib=chip.memory,
         flops={"computed": computed, "needed": needed},
         collectives=collectives,
+        gathers=gathers,
         compile_s=compile_s,
         predicted={**seconds, "step_s": step_s, "mfu": needed / chip.flops / step_s, "tokens_per_s_and_chip": tokens},
         proved=paths,
@@ -201,6 +206,13 @@ def count_collectives(jaxpr: Jaxpr, axes: dict[str, int], times: int, into: dict
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
         for part in jaxprs(eqn.params):
             count_collectives(part, axes, inner, into)
+
+
+def overlap(program: str) -> dict[str, int]:
+    """Gathers that run in parts inside the loops of products, a chain each, and those that run alone."""
+    lines = [line for line in program.splitlines() if " all-gather(" in line or " all-gather-start(" in line]
+    chains = {found[0] for line in lines if (found := re.search(r'chain_id="\d+"', line))}
+    return {"overlapped": len(chains), "alone": sum("chain_id=" not in line for line in lines)}
 
 
 def remedies(cfg: Config) -> Iterator[tuple[str, Config]]:
@@ -276,6 +288,9 @@ def report(cfg: Config, name: str, fit: bool) -> tuple[str, bool]:
     rows += [f"  {'of these, not computed twice':40}{plan.flops['needed'] / 1e12:18.2f}"]
     for kind, (calls, size) in sorted(plan.collectives.items()):
         rows.append(f"  {kind:30}{calls:8,} calls {size / GIB:14.2f} GiB received")
+    if plan.gathers:
+        beside = f"{plan.gathers['overlapped']} beside products, {plan.gathers['alone']} alone"
+        rows.append(f"  places that gather in the compiled program: {beside}")
     paths = " and ".join(f"{count} in the {program} program" for program, count in plan.proved.items())
     rows += ["", f"compiled in {plan.compile_s:.0f} s; all paths to an exponential or a choice are float32: {paths}"]
     rows += ["", "predicted, not measured: the slowest of"]

@@ -32,6 +32,15 @@ TPU_OPTIONS = {
     "xla_jf_bf16_propagation": "false",
     # What a layer's gradients wait for (carriers.py) they wait for in the schedule too.
     "xla_tpu_aggressive_opt_barrier_removal": "DISABLED",
+    # Weights are gathered while the products before them run, a part in each step of a product's loop,
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    # but not so early that they fill the memory.
+    "xla_tpu_enable_scheduler_memory_pressure_tracking": "true",
+    "xla_tpu_scheduler_percent_shared_memory_limit": "48",
 }
 OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]] | Rounded  # optax's: moments and counts
 EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
