@@ -44,12 +44,16 @@ def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         if old[: len(new)] != new:
             raise TypeError(f"{spec!r}: {name} cannot go from {old} to {new} by gathering")
         if old != new:
-            # As a matrix, where it is one: XLA's TPU compiler turns the reduce-scatter of more dims into an all-reduce.
-            shape = math.prod(x.shape[:i]), x.shape[i], math.prod(x.shape[i + 1 :])
-            at = [j for j in (0, 1, 2) if j == 1 or shape[j] > 1]
-            matrix = x.reshape([shape[j] for j in at])
-            whole = jax.lax.all_gather(matrix, old[len(new) :], axis=at.index(1), tiled=True)
-            x = whole.reshape(*x.shape[:i], -1, *x.shape[i + 1 :])
+            # As a matrix: XLA's TPU compiler turns the reduce-scatter of more dims into an all-reduce.
+            before_it, after_it = math.prod(x.shape[:i]), math.prod(x.shape[i + 1 :])
+            shape, first = (*x.shape[:i], -1, *x.shape[i + 1 :]), before_it == 1
+            if first or after_it == 1:
+                matrix = x.reshape(x.shape[i], -1) if first else x.reshape(-1, x.shape[i])
+                x = jax.lax.all_gather(matrix, old[len(new) :], axis=0 if first else 1, tiled=True).reshape(shape)
+            else:
+                matrix = jnp.moveaxis(x, i, 0)
+                whole = jax.lax.all_gather(matrix.reshape(x.shape[i], -1), old[len(new) :], axis=0, tiled=True)
+                x = jnp.moveaxis(whole.reshape(-1, *matrix.shape[1:]), 0, i)
     return x
 
 

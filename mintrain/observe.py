@@ -10,7 +10,7 @@ Inside `shard_map` the arrays of the devices are kept as one, with a first axis 
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -188,7 +188,9 @@ def _pieces(jaxpr: Jaxpr) -> list[Piece]:
             given = dict.fromkeys(atom for eqn in between for atom in _variables(eqn.invars))
             ins = [atom for atom in given if atom not in set(made)]
             outs = [var for var in made if var in later]
-            inner = Jaxpr(constvars=[], invars=ins, outvars=outs, eqns=between, debug_info=jaxpr.debug_info.with_unknown_names())
+            inner = Jaxpr(
+                constvars=[], invars=ins, outvars=outs, eqns=between, debug_info=jaxpr.debug_info.with_unknown_names()
+            )
             pieces.append(Piece(between[-1], inner, (), ins, outs))
             between = []
         if layer:

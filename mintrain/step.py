@@ -197,7 +197,8 @@ def make_train_step(
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
         free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained), P())))
         # The update is made twice, as nothing may be overwritten before all of it is known to be finite.
-        *_, update_norm = free(*jax.lax.optimization_barrier((grads, state.opt, trained)))
+        again = jax.lax.optimization_barrier((grads, state.opt, trained))
+        _, _, update_norm = free(again[0], again[1], again[2])
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         updated, opt, _ = free(grads, state.opt, trained)
         model = eqx.combine(updated, frozen)

@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 from mintrain import loss, numerics, step
-from mintrain.layers import attend, sparse
+from mintrain.layers import attend
 from mintrain.layers.attention import Attention
 from mintrain.layers.indexer import Indexer
 from mintrain.layers.mla import MLA

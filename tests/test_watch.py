@@ -15,17 +15,17 @@ from mintrain.block import Aux
 from mintrain.config import Config, Mesh
 from mintrain.layers import attend
 
-MODELS = {"gemma": tiny.GEMMA4, "deepseek": tiny.DEEPSEEK}
+MODELS, ONE = {"gemma": tiny.GEMMA4, "deepseek": tiny.DEEPSEEK}, Mesh()
 
 
-def watched_step(cfg: Config, mesh: Mesh = Mesh(), watched: bool = True) -> tuple[step.State, step.Metrics]:
+def watched_step(cfg: Config, mesh: Mesh = ONE, watched: bool = True) -> tuple[step.State, step.Metrics]:
     cfg = dataclasses.replace(cfg, mesh=mesh, per_device_batch_size=8 / mesh.devices)
     devices = sharding.make_mesh(cfg.mesh)
     batch = tiny.on_mesh(cfg, devices, tiny.batch(0))
     return step.make_train_step(cfg, devices, watched)(step.new_state(cfg, devices), batch)
 
 
-def numbers(cfg: Config, mesh: Mesh = Mesh()) -> dict[str, list[float | None]]:
+def numbers(cfg: Config, mesh: Mesh = ONE) -> dict[str, list[float | None]]:
     return watch.by_layer(cfg.model, watched_step(cfg, mesh)[1].seen)
 
 
