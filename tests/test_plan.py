@@ -55,7 +55,7 @@ def test_collectives_are_counted_through_scans_with_what_a_device_receives():
 
 def planned(cfg, gib: float) -> plan.Plan:
     """A plan of which only the memory is read."""
-    return plan.Plan("", "", 4, "", gib <= 16, {"peak": gib}, 16, {}, {}, 0, {}, {})
+    return plan.Plan("", "", 4, "", gib <= 16, {"peak": gib}, 16, {}, {}, {}, 0, {}, {})
 
 
 @settings(max_examples=50, deadline=None)
@@ -89,6 +89,34 @@ def test_what_does_not_fit_is_told_what_would_until_it_does(monkeypatch):
     assert last.mesh == Mesh(fsdp=2, context=2) and last.batch_size == cfg.batch_size // 2
 
 
+def test_gathers_beside_products_are_told_from_those_that_stand_alone():
+    chain = "  %all-gather.{} = bf16[8,4] all-gather(%x), dimensions={{0}}, frontend_attributes={{chain_id=\"{}\"}}"
+    program = "\n".join([chain.format(1, 7), chain.format(2, 7), chain.format(3, 8), "  %y = f32[8] all-gather(%z)"])
+    assert plan.overlap(program) == {"overlapped": 2, "alone": 1}
+
+
+@pytest.mark.plan
+@pytest.mark.slow
+def test_a_fault_that_only_the_compiled_program_shows_fails_the_plan(tmp_path):
+    """With the audit of the traced step left out, what is left is that of the optimized program."""
+    pytest.importorskip("libtpu")
+    script = """
+import jax.numpy as jnp
+from mintrain import options, plan
+from mintrain.layers import attend
+plan.audit = lambda jaxpr: []
+product = lambda q, k, scale, cap: (jnp.einsum("bngqh,bnkh->bngqk", q, k) * scale).astype(jnp.float32)
+attend.attention_logits = product
+cfg, *_ = options.load(["CONFIG", "--compute_dtype", "bfloat16"])
+plan.make(plan.on_slice(cfg, "v6e-4"), "v6e-4")
+"""
+    script = script.replace("CONFIG", str(ROOT / "configs" / "tiny_gemma4.py"))
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "of the compiled program" in done.stderr, done.stderr
+    assert "<string>:6" in done.stderr or "dot_general" in done.stderr
+
+
 @pytest.mark.plan
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -111,5 +139,6 @@ def test_the_tpu_compiler_compiles_the_whole_step(name, options, tmp_path):
     saved = json.loads((tmp_path / "runs" / name / "plan-v6e-2x2.json").read_text())
     assert 0 < saved["memory_gib"]["arguments"] < saved["memory_gib"]["peak"] < 1
     assert saved["collectives"]["all_gather"][1] > 0 and 0 < saved["predicted"]["mfu"] < 1
+    assert saved["gathers"]["overlapped"] + saved["gathers"]["alone"] > 0
     assert saved["proved"]["traced"] > 0 and saved["proved"]["compiled"] > 0
     assert ("ragged_all_to_all" in saved["collectives"]) == (name == "tiny_deepseek")
