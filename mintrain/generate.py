@@ -29,6 +29,7 @@ from mintrain.layers.cache import empty
 from mintrain.loss import local_logits
 from mintrain.model import LM, Caches
 from mintrain.sharding import ALL_TOKENS, AXES, BATCH, named, specs
+from mintrain.step import compiler_options
 
 CHUNK = 128  # tokens of a prompt that go through the model at once
 SHORT = 16  # prompts up to this length go one by one, which saves compiling the chunk
@@ -131,7 +132,7 @@ def make_advance(mesh: DeviceMesh, layouts: LM, cache_layouts: Caches, sampling:
         logits = jax.sharding.reshard(logits, NamedSharding(mesh, P()))
         return draw(logits, inputs[1][:, -1], key, sampling)[:, None], logits, caches
 
-    return jax.jit(advance, donate_argnums=1)
+    return jax.jit(advance, donate_argnums=1, compiler_options=compiler_options(mesh))
 
 
 def stream(

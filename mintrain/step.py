@@ -265,7 +265,7 @@ def make_eval_step(cfg: Config, mesh: AnyMesh) -> EvalStep:
         _, nll = jax.lax.scan(lambda _, micro: (None, loss(model, micro, count(batch))[1].nll), None, batch)
         return jnp.sum(nll)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options(mesh))
 
 
 def logits(
@@ -297,6 +297,5 @@ def _sharded_logits(mesh: Mesh, layouts: LM) -> Callable[..., Float32[Array, "ba
         x = collect(rearrange(x, "(b s) d -> b s d", b=inputs[0].shape[0]))
         return local_logits(model, x)
 
-    return jax.jit(
-        jax.shard_map(forward, mesh=mesh, in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))
-    )
+    sides = dict(in_specs=(layouts, tokens, tokens, tokens), out_specs=P(*tokens, "tensor"))
+    return jax.jit(jax.shard_map(forward, mesh=mesh, **sides), compiler_options=compiler_options(mesh))
