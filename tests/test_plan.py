@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_told_what_would_until_it_does(monkeypatch):
 
 
 def test_gathers_beside_products_are_told_from_those_that_stand_alone():
-    chain = "  %all-gather.{} = bf16[8,4] all-gather(%x), dimensions={{0}}, frontend_attributes={{chain_id=\"{}\"}}"
+    chain = '  %all-gather.{} = bf16[8,4] all-gather(%x), dimensions={{0}}, frontend_attributes={{chain_id="{}"}}'
     program = "\n".join([chain.format(1, 7), chain.format(2, 7), chain.format(3, 8), "  %y = f32[8] all-gather(%z)"])
     assert plan.overlap(program) == {"overlapped": 2, "alone": 1}
 

@@ -91,7 +91,7 @@ def test_a_finished_run_is_left_as_it_is(unbroken, capsys):
 
 PLACES = {
     "before the state": ("mintrain.step.new_state", lambda *args: True),
-    "compiling": ("train.compile_step", lambda *args: True),
+    "compiling": ("train.compile_steps", lambda *args: True),
     "training": ("train.train_batch", lambda *args: args[2] == 3),
     "evaluation": ("train.heldout_batches", lambda *args: True),
     "sampling": ("mintrain.generate.generate", lambda *args: True),

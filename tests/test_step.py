@@ -230,8 +230,7 @@ def slow_loss(model: LM, batch: Batch, count: float, z_loss: float):
     return jnp.sum(batch.weights * (nll + z_loss * z)) / count
 
 
-# Each device has 37 rows of the vocabulary and 32 tokens: one chunk, 3 of 13 rows, 12 of 4 rows (the last two are
-# padding and nothing else), and one chunk for each row.
+# Each device has 37 rows of the vocabulary and 32 tokens: one chunk, 3 of 13 rows, 10 of 4 rows, and one for each row.
 @pytest.mark.parametrize("chunk", [1 << 24, 13 * 32, 100, 32])
 @pytest.mark.parametrize("softcap, z_loss, tied", [(None, 0.0, True), (1.5, 0.01, False)])
 def test_the_chunked_loss_and_its_gradients_are_those_of_float64(chunk, softcap, z_loss, tied, monkeypatch):
