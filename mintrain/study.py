@@ -1,4 +1,4 @@
-"""`python -m mintrain.numerics study [FOLDER]`: what float32 is for, measured. About ten minutes on two cores.
+"""`python -m mintrain.numerics study [FOLDER]`: what float32 is for, measured.
 
 Each experiment is one claim about the NaN of Gemma 4 and DeepSeek-V3.2 (docs/numerics.md), with the remedy and without.
 The unsafe forms exist in this file only. They are put in place of mintrain's own functions while one program is traced;
