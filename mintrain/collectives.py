@@ -45,15 +45,14 @@ def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
             raise TypeError(f"{spec!r}: {name} cannot go from {old} to {new} by gathering")
         if old != new:
             # As a matrix: XLA's TPU compiler turns the reduce-scatter of more dims into an all-reduce.
-            before_it, after_it = math.prod(x.shape[:i]), math.prod(x.shape[i + 1 :])
-            shape, first = (*x.shape[:i], -1, *x.shape[i + 1 :]), before_it == 1
-            if first or after_it == 1:
-                matrix = x.reshape(x.shape[i], -1) if first else x.reshape(-1, x.shape[i])
-                x = jax.lax.all_gather(matrix, old[len(new) :], axis=0 if first else 1, tiled=True).reshape(shape)
+            over, columns = old[len(new) :], i > 0 and math.prod(x.shape[i + 1 :]) == 1
+            if columns:
+                whole = jax.lax.all_gather(x.reshape(-1, x.shape[i]), over, axis=1, tiled=True)
+                x = whole.reshape(*x.shape[:i], -1, *x.shape[i + 1 :])
             else:
-                matrix = jnp.moveaxis(x, i, 0)
-                whole = jax.lax.all_gather(matrix.reshape(x.shape[i], -1), old[len(new) :], axis=0, tiled=True)
-                x = jnp.moveaxis(whole.reshape(-1, *matrix.shape[1:]), 0, i)
+                front = jnp.moveaxis(x, i, 0)
+                whole = jax.lax.all_gather(front.reshape(x.shape[i], -1), over, axis=0, tiled=True)
+                x = jnp.moveaxis(whole.reshape(-1, *front.shape[1:]), 0, i)
     return x
 
 

@@ -122,9 +122,9 @@ def _piece(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> G
     values, looks = _compiled(piece, mesh)(*[seen.value for seen in inputs])
     outputs = [Seen(x, 0.0 if look is None else look) for x, look in zip(values, looks, strict=True)]
     event = Event(piece, [seen.look for seen in inputs], [seen.look for seen in outputs], scope)
-    if piece.inner is not None and not all(map(math.isfinite, map(_number, jax.device_get(event.outputs)))):
+    if piece.inner is not None and not _finite(outputs):
         outputs = yield from _run(piece.inner, piece.consts, inputs, scope, mesh, apart=True)
-        if not all(map(math.isfinite, map(_number, jax.device_get([seen.look for seen in outputs])))):
+        if not _finite(outputs):
             return outputs  # the events of the parts have told it
     yield event
     return outputs
@@ -280,6 +280,10 @@ def _look(x: Array) -> Float32[Array, ""] | None:
         return None
     x = jnp.abs(x).astype(jnp.float32)
     return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, jnp.minimum(x, LARGEST)), initial=0)
+
+
+def _finite(seen: Sequence[Seen]) -> bool:
+    return all(map(math.isfinite, map(_number, jax.device_get([x.look for x in seen]))))
 
 
 def _number(seen: Any) -> float:

@@ -12,7 +12,7 @@ import optax
 from einops import rearrange
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Int32, Integer, PyTree, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
 
 from mintrain import carriers, watch
 from mintrain.arrays import check, weights
@@ -137,15 +137,11 @@ def count(batch: Batch) -> Counts:
     return Counts(jnp.maximum(jnp.sum(batch.weights), 1.0), jnp.maximum(real, 1.0))
 
 
-def wide(gradients: PyTree[Float[Array, "..."]]) -> PyTree[Float32[Array, "..."]]:
-    return jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-
-
 def add(
-    total: PyTree[Float32[Array, "..."], "Model"], part: PyTree[Float[Array, "..."], "Model"]
+    total: PyTree[Float32[Array, "..."], "Model"], part: PyTree[Float32[Array, "..."], "Model"]
 ) -> PyTree[Float32[Array, "..."], "Model"]:
     """Gradients are accumulated in float32."""
-    return jax.tree.map(jnp.add, total, wide(part))
+    return jax.tree.map(jnp.add, total, part)
 
 
 def make_train_step(
@@ -169,7 +165,7 @@ def make_train_step(
     def update(grads: LM, opt: OptState, model: LM) -> tuple[LM, OptState, Float32[Array, ""]]:
         """Also the norm of what is added to the weights."""
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
-            updates, opt = transform.update(wide(grads), opt, model)
+            updates, opt = transform.update(grads, opt, model)
             return optax.apply_updates(model, updates), opt, optax.tree.norm(updates)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -179,9 +175,10 @@ def make_train_step(
 
         def microbatch(
             total: LM | None, micro: Batch
-        ) -> tuple[PyTree[Float[Array, "..."]], tuple[Float32[Array, ""], Report]]:
+        ) -> tuple[PyTree[Float32[Array, "..."]], tuple[Float32[Array, ""], Report]]:
             parts, (grads, carried) = loss_and_grad(trained, carriers.zeros(shapes), frozen, micro, counts)
-            grads = eqx.tree_at(carriers.layers, grads, carried)
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32), carried)
+            grads = eqx.tree_at(carriers.layers, grads, wide)
             return grads if total is None else add(total, grads), parts
 
         if cfg.accumulate == 1:  # without a second copy of the gradients to add to
@@ -192,13 +189,13 @@ def make_train_step(
             grads, parts = jax.lax.scan(microbatch, zeros, batch)
             loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
             report = replace(report, seen=watch.over_microbatches(parts[1].seen))
-        grad_norm = optax.tree.norm(wide(grads))
+        grad_norm = optax.tree.norm(grads)
 
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
         free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained), P())))
         # The update is made twice, as nothing may be overwritten before all of it is known to be finite.
-        again = jax.lax.optimization_barrier((grads, state.opt, trained))
-        _, _, update_norm = free(again[0], again[1], again[2])
+        again = jax.lax.optimization_barrier((state.opt, trained))
+        _, _, update_norm = free(grads, again[0], again[1])
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         updated, opt, _ = free(grads, state.opt, trained)
         model = eqx.combine(updated, frozen)
@@ -213,7 +210,7 @@ def make_train_step(
             key=state.key,
         )
         lr = learning_rate(state.step - state.skipped)
-        seen = watch.Seen(report.seen, report.load, *watch.gradient_norms(wide(grads), cfg.model)) if watched else None
+        seen = watch.Seen(report.seen, report.load, *watch.gradient_norms(grads, cfg.model)) if watched else None
         return new, metrics(report, counts, grad_norm, lr, finite, new.skipped, seen)
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(mesh))

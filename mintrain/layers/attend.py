@@ -146,7 +146,7 @@ def attend_places(
             out = splash_attention(rows, k, v, at.segments, keys.segments, start, scale, softcap, window)
             outs.append(rearrange(out, "b n g q v -> b q n g v"))
         else:
-            outs.append(_in_blocks(run, k, v, at, keys, scale, softcap, window, start))
+            outs.append(_in_blocks(run, k, v, at, keys, scale, softcap, window, start, attend))
         if watch.on():  # beside the attention, as a kernel does not show its logits
             look = lambda q, k, v, mask, scale, cap: query_statistics(attention_logits(q, k, scale, None), mask, cap)
             arrays = jax.lax.stop_gradient((run, k, v))
@@ -166,7 +166,7 @@ def _in_blocks(
     softcap: float | None,
     window: int | None,
     start: Int32[Array, ""] | int | None,
-    one: Callable[..., Array] = attend,
+    one: Callable[..., Array],
 ) -> Float[Array, "batch query kv_heads group out"]:
     """`one` of blocks of queries."""
     batch, seq, n, g, _ = q.shape
