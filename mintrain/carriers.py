@@ -8,7 +8,7 @@ nothing reads, and its gradient is the carrier's.
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Float32, PyTree
 
 from mintrain.arrays import Weight, weights
 from mintrain.block import Block
@@ -85,3 +85,8 @@ def zeros(shapes: PyTree) -> PyTree:
 def carry(model: LM, carriers: list[PyTree]) -> LM:
     """`model` with its layers' gradients in `carriers`."""
     return eqx.tree_at(layers, model, list(map(Carried, layers(model), carriers)))
+
+
+def wide(grads: LM, carried: PyTree[Float[Array, "..."]]) -> PyTree[Float32[Array, "..."]]:
+    """All gradients in float32: those of `grads` outside the layers, and those of layers from their carriers."""
+    return eqx.tree_at(layers, grads, jax.tree.map(lambda g: g.astype(jnp.float32), carried))

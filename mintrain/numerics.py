@@ -134,7 +134,8 @@ def _place(cfg: Config, scope: str) -> tuple[int | None, str]:
     elif found := re.search(r"mtp\[(\d+)\]", scope):
         layer, start = len(cfg.model.layers) + int(found[1]), found.start()
     words = [word for word in scope[start:].split("/") if re.fullmatch(r"[a-z]\w*(\[\d+\])*", word)]
-    return layer, ".".join(dict.fromkeys(word for word in words if word not in ("rematted_computation", "shard_map")))
+    other = re.compile(r"repeat\d+|rematted_computation|shard_map")
+    return layer, ".".join(dict.fromkeys(word for word in words if not other.fullmatch(word)))
 
 
 def _frames(source: Any) -> list[str]:

@@ -25,7 +25,6 @@ INLINE = ("jaxpr", "call_jaxpr")  # parameters of an equation that hold what it 
 OPAQUE = {"cond", "while", "pallas_call"}
 LAYERS = {"checkpoint", "remat2", "scan", "shard_map"}
 HELPER = 30  # equations of a `jit` that is no piece of its own; the optimizer has more
-AT_ONCE = 128  # operations that are started before their numbers are read
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -54,26 +53,19 @@ class Event(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A value and the look at it, which may not be read yet."""
+    """A value, and its largest magnitude or NaN."""
 
     value: Any
-    look: Float32[Array, "..."] | float
+    largest: float
 
 
 def observe(closed: ClosedJaxpr, arguments: Sequence[Array]) -> Iterator[Event]:
     """Run `closed`; what happens, in the order in which it does. To stop reading is to stop the run."""
-    pending: list[Event] = []
-    inputs = [Seen(x, look) for x, look in zip(arguments, magnitudes(arguments), strict=True)]
-    for event in _run(closed.jaxpr, closed.consts, inputs, "", None):
-        pending.append(event)
-        if len(pending) == AT_ONCE:
-            yield from _read(pending)
-            pending = []
-    yield from _read(pending)
+    yield from _run(closed.jaxpr, closed.consts, _seen(arguments, _looks(arguments)), "", None)
 
 
 def magnitudes(arrays: Sequence[Array]) -> list[float]:
-    return [0.0 if look is None else _number(look) for look in jax.device_get(_looks(arrays))]
+    return [seen.largest for seen in _seen(arrays, _looks(arrays))]
 
 
 @jax.jit
@@ -81,18 +73,16 @@ def _looks(arrays: Sequence[Array]) -> list[Float32[Array, ""] | None]:
     return list(map(_look, arrays))
 
 
-def _read(pending: list[Event]) -> list[Event]:
-    looks = jax.device_get([(event.inputs, event.outputs) for event in pending])
-    return [
-        event._replace(inputs=list(map(_number, inputs)), outputs=list(map(_number, outputs)))
-        for event, (inputs, outputs) in zip(pending, looks, strict=True)
-    ]
+def _seen(values: Sequence[Any], looks: Sequence[Array | None]) -> list[Seen]:
+    """Waits for all of them: programs that run at once on several CPU devices can wait for each other for ever."""
+    looks = jax.device_get(jax.block_until_ready((values, looks))[1])
+    return [Seen(x, 0.0 if look is None else _number(look)) for x, look in zip(values, looks, strict=True)]
 
 
 def _run(
     jaxpr: Jaxpr, consts: Sequence[Any], arguments: list[Seen], scope: str, mesh: Mesh | None, apart: bool = False
 ) -> Generator[Event, None, list[Seen]]:
-    """Yields events whose numbers may not be read yet, and returns the results. apart: each equation alone."""
+    """Yields events and returns the results. apart: each equation alone."""
     constants = [Seen(_on_devices(mesh, x), _constant(x)) for x in consts]
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
     arguments.clear()
@@ -119,9 +109,8 @@ def _run(
 
 def _piece(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> Generator[Event, None, list[Seen]]:
     """Run it at once; then again in its parts if it makes what is not finite."""
-    values, looks = _compiled(piece, mesh)(*[seen.value for seen in inputs])
-    outputs = [Seen(x, 0.0 if look is None else look) for x, look in zip(values, looks, strict=True)]
-    event = Event(piece, [seen.look for seen in inputs], [seen.look for seen in outputs], scope)
+    outputs = _seen(*_compiled(piece, mesh)(*[seen.value for seen in inputs]))
+    event = Event(piece, [seen.largest for seen in inputs], [seen.largest for seen in outputs], scope)
     if piece.inner is not None and not _finite(outputs):
         outputs = yield from _run(piece.inner, piece.consts, inputs, scope, mesh, apart=True)
         if not _finite(outputs):
@@ -137,7 +126,7 @@ def _scan(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> Ge
     cut = [_at(mesh, _spec(mesh, var)) for var in inner.invars[fixed + carried :]]
     order, rows = range(params["length"]), []
     for i in reversed(order) if params["reverse"] else order:
-        here = [*constants, *carry, *(Seen(at(x.value, i), x.look) for at, x in zip(cut, xs, strict=True))]
+        here = [*constants, *carry, *(Seen(at(x.value, i), x.largest) for at, x in zip(cut, xs, strict=True))]
         if mesh is None:  # a microbatch, which holds everything
             outputs = yield from _run(inner, piece.consts, here, f"{scope}/{i}", mesh)
         else:
@@ -148,7 +137,7 @@ def _scan(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> Ge
     columns = zip(*(rows[::-1] if params["reverse"] else rows), strict=True)
     stacks = [_stack(mesh, _spec(mesh, var)) for var in inner.outvars[carried:]]
     return carry + [
-        Seen(stack(*[x.value for x in column]), _largest(*[x.look for x in column]))
+        Seen(stack(*[x.value for x in column]), float(np.max([x.largest for x in column])))
         for stack, column in zip(stacks, columns, strict=True)
     ]
 
@@ -158,9 +147,9 @@ def _shard_map(piece: Piece, inputs: list[Seen], scope: str, _: None) -> Generat
     params, inner = piece.equation.params, piece.inner
     enter = [_enter(mesh, spec, _spec(mesh, var)) for spec, var in zip(params["in_specs"], inner.invars, strict=True)]
     leave = [_leave(mesh, _spec(mesh, var), s) for var, s in zip(inner.outvars, params["out_specs"], strict=True)]
-    inside = [Seen(change(x.value), x.look) for change, x in zip(enter, inputs, strict=True)]
+    inside = [Seen(change(x.value), x.largest) for change, x in zip(enter, inputs, strict=True)]
     outputs = yield from _run(inner, piece.consts, inside, scope, mesh)
-    return [Seen(change(x.value), x.look) for change, x in zip(leave, outputs, strict=True)]
+    return [Seen(change(x.value), x.largest) for change, x in zip(leave, outputs, strict=True)]
 
 
 def _alone(eqn: JaxprEqn) -> Piece:
@@ -186,7 +175,8 @@ def _pieces(jaxpr: Jaxpr) -> list[Piece]:
             later |= set(_variables(jaxpr.outvars))
             made = [var for eqn in between for var in eqn.outvars]
             given = dict.fromkeys(atom for eqn in between for atom in _variables(eqn.invars))
-            ins = [atom for atom in given if atom not in set(made)]
+            # A piece that reads nothing would not know the mesh.
+            ins = [atom for atom in given if atom not in set(made)] or jaxpr.invars[:1]
             outs = [var for var in made if var in later]
             inner = Jaxpr(
                 constvars=[], invars=ins, outvars=outs, eqns=between, debug_info=jaxpr.debug_info.with_unknown_names()
@@ -230,7 +220,7 @@ def _compiled(piece: Piece, mesh: Mesh | None) -> Callable[..., tuple[list[Array
         whole = run if mesh is None else jax.shard_map(mapped, mesh=mesh, **specs)
         looked = lambda *inputs: (outputs := whole(*inputs), list(map(_look, outputs)))
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        _functions[key] = jax.jit(looked, compiler_options=options)
+        _functions[key] = jax.jit(looked, keep_unused=True, compiler_options=options)
     return _functions[key]
 
 
@@ -269,11 +259,6 @@ def _stack(mesh: Mesh | None, spec: P) -> Callable[..., Array]:
     return jax.jit(jax.shard_map(lambda *xs: jnp.stack(xs, axis=1), mesh=mesh, in_specs=spec, out_specs=spec))
 
 
-@jax.jit
-def _largest(*looks: Float32[Array, ""] | float) -> Float32[Array, ""]:
-    return jnp.max(jnp.stack([jnp.asarray(look, jnp.float32) for look in looks]))
-
-
 def _look(x: Array) -> Float32[Array, ""] | None:
     """The largest magnitude; LARGEST for infinity and infinity for NaN, which XLA's CPU maximum loses."""
     if not jnp.issubdtype(x.dtype, np.floating):
@@ -283,7 +268,7 @@ def _look(x: Array) -> Float32[Array, ""] | None:
 
 
 def _finite(seen: Sequence[Seen]) -> bool:
-    return all(map(math.isfinite, map(_number, jax.device_get([x.look for x in seen]))))
+    return all(math.isfinite(x.largest) for x in seen)
 
 
 def _number(seen: Any) -> float:

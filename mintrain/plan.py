@@ -95,9 +95,11 @@ def devices(kind: str, torus: str) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    name = f"{kind}:{torus}"
+    name, sides = f"{kind}:{torus}", list(map(int, torus.split("x")))
+    host = [min(2, side) for side in sides[:2]] + [1]  # chips of a machine: 2 x 2, or what there is
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
+        return list(slice_.devices)
     except Exception as error:  # jax raises whatever the plugin raises
         raise ConfigError(
             f"--plan {name} cannot be compiled for: {str(error).splitlines()[0][:200]}; it needs a torus that exists, "

@@ -12,7 +12,7 @@ import optax
 from einops import rearrange
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float32, Int32, Integer, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer, PyTree, UInt32
 
 from mintrain import carriers, watch
 from mintrain.arrays import check, weights
@@ -174,28 +174,33 @@ def make_train_step(
         trained, frozen = eqx.partition(state.model, which)
 
         def microbatch(
-            total: LM | None, micro: Batch
-        ) -> tuple[PyTree[Float32[Array, "..."]], tuple[Float32[Array, ""], Report]]:
-            parts, (grads, carried) = loss_and_grad(trained, carriers.zeros(shapes), frozen, micro, counts)
-            wide = jax.tree.map(lambda g: g.astype(jnp.float32), carried)
-            grads = eqx.tree_at(carriers.layers, grads, wide)
-            return grads if total is None else add(total, grads), parts
+            micro: Batch,
+        ) -> tuple[tuple[PyTree[Float32[Array, "..."]], PyTree[Float[Array, "..."]]], tuple[Float32[Array, ""], Report]]:
+            """The gradients, those of layers apart, and the loss with its parts."""
+            parts, narrow = loss_and_grad(trained, carriers.zeros(shapes), frozen, micro, counts)
+            return narrow, parts
 
         if cfg.accumulate == 1:  # without a second copy of the gradients to add to
-            grads, (loss, report) = microbatch(None, jax.tree.map(lambda x: x[0], batch))
+            narrow, (loss, report) = microbatch(jax.tree.map(lambda x: x[0], batch))
         else:
+
+            def accumulate(total: LM, micro: Batch) -> tuple[LM, tuple[Float32[Array, ""], Report]]:
+                narrow, parts = microbatch(micro)
+                return add(total, carriers.wide(*narrow)), parts
+
             zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
-            zeros = jax.tree.map(zero, trained, named(mesh, layouts))
-            grads, parts = jax.lax.scan(microbatch, zeros, batch)
+            total, parts = jax.lax.scan(accumulate, jax.tree.map(zero, trained, named(mesh, layouts)), batch)
+            narrow = total, carriers.layers(total)
             loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
             report = replace(report, seen=watch.over_microbatches(parts[1].seen))
+        grads = carriers.wide(*narrow)
         grad_norm = optax.tree.norm(grads)
 
         # What tells the layouts apart from here on is the compiler's business (Muon multiplies whole matrices).
         free = jax.sharding.auto_axes(update, out_sharding=named(mesh, (layouts, state_specs(state.opt, trained), P())))
         # The update is made twice, as nothing may be overwritten before all of it is known to be finite.
-        again = jax.lax.optimization_barrier((state.opt, trained))
-        _, _, update_norm = free(grads, again[0], again[1])
+        again = jax.lax.optimization_barrier((narrow, state.opt, trained))
+        _, _, update_norm = free(carriers.wide(*again[0]), again[1], again[2])
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         updated, opt, _ = free(grads, state.opt, trained)
         model = eqx.combine(updated, frozen)

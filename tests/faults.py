@@ -4,7 +4,9 @@ Those in the code do nothing unless a weight holds MARK or a row is fully masked
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,7 +17,7 @@ import optax
 import pytest
 import tiny
 
-from mintrain import loss, step
+from mintrain import loss, numerics, step
 from mintrain.layers import attend
 from mintrain.layers.attention import Attention
 from mintrain.layers.indexer import Indexer
@@ -186,3 +188,10 @@ def plant_in(fault: Fault, state: step.State, batch: loss.Batch) -> tuple[step.S
 def _adam(opt: Any) -> optax.ScaleByAdamState:
     is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)
     return next(part for part in jax.tree.leaves(opt, is_leaf=is_adam) if is_adam(part))
+
+
+if __name__ == "__main__":  # a fresh process: replay what stands in these folders, with the faults in the code
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plant(monkeypatch)
+        for folder in sys.argv[1:]:
+            print(f"=== {folder}\n{numerics.replay(Path(folder), [])}")

@@ -1,6 +1,8 @@
 """The first number that is not finite is found where it was planted, and the parameters are as they were."""
 
 import dataclasses
+import subprocess
+import sys
 from functools import cache
 
 import faults
@@ -37,7 +39,8 @@ def copied(state: step.State) -> step.State:
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x).copy(), x.sharding), state)
 
 
-FORMS = [(family, False, True) for family in faults.FAULTS]
+# Every fault on one device with scanned layers, and on eight without.
+FORMS = [(family, eight, not eight) for family in faults.FAULTS for eight in (False, True)]
 CASES = [(*form, name) for form in FORMS for name in faults.FAULTS[form[0]]]
 
 
@@ -48,7 +51,7 @@ def label(case: tuple) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS, ids=label)
+@pytest.mark.parametrize("form", [*FORMS, ("gemma", True, True)], ids=label)
 def test_a_healthy_step_is_finite_and_makes_nothing_that_is_not(form):
     cfg, mesh, state, batch, _ = built(*form)
     assert numerics.find(cfg, mesh, state, batch).finite
@@ -72,3 +75,17 @@ def test_the_operation_and_the_layer_of_a_fault_are_found_and_no_parameter_chang
     new, metrics = train_step(copied(state), batch)
     assert not metrics.finite and new.skipped == 1
     jax.tree.map(lambda old, new: np.testing.assert_array_equal(old, np.asarray(new)), before, (new.model, new.opt))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", faults.FAULTS)
+def test_a_fresh_process_replays_every_fault_and_says_the_same(family, tmp_path):
+    cfg, mesh, state, batch, _ = built(family, False, True)
+    said = {}
+    for i, fault in enumerate(faults.FAULTS[family].values()):
+        numerics.investigate(cfg, mesh, *faults.plant_in(fault, state, batch), i, tmp_path)
+        said[i] = (tmp_path / f"nonfinite-{i}" / "report.txt").read_text()
+    folders = [str(tmp_path / f"nonfinite-{i}") for i in said]
+    done = subprocess.run([sys.executable, faults.__file__, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("=== ")[1:] == [f"{folder}\n{said[i]}" for i, folder in enumerate(folders)]

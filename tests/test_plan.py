@@ -95,6 +95,18 @@ def test_gathers_beside_products_are_told_from_those_that_stand_alone():
     assert plan.overlap(program) == {"overlapped": 2, "alone": 1}
 
 
+def test_the_compiler_knows_slices_of_every_size_down_to_one_chip(tmp_path):
+    pytest.importorskip("libtpu")
+    script = """
+from mintrain import plan
+for name in ("v6e-1", "v6e-2", "v6e-4", "v6e-32", "v5p-8", "v5p-256", "tpu7x-8", "v5e:1x1"):
+    print(len(plan.devices(*plan.parse(name))))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "2", "4", "32", "4", "128", "16", "1"], done.stderr
+
+
 @pytest.mark.plan
 @pytest.mark.slow
 def test_a_fault_that_only_the_compiled_program_shows_fails_the_plan(tmp_path):
