@@ -43,6 +43,8 @@ TPU_OPTIONS = {
     "xla_tpu_scheduler_percent_shared_memory_limit": "48",
 }
 OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]] | Rounded  # optax's: moments and counts
+# Those of layers apart, in the dtype in which they are made (carriers.py).
+Gradients = tuple[PyTree[Float32[Array, "..."]], PyTree[Float[Array, "..."]]]
 EvalStep = Callable[[LM, Batch], Float32[Array, ""]]
 
 
@@ -173,10 +175,8 @@ def make_train_step(
         counts = count(batch)
         trained, frozen = eqx.partition(state.model, which)
 
-        def microbatch(
-            micro: Batch,
-        ) -> tuple[tuple[PyTree[Float32[Array, "..."]], PyTree[Float[Array, "..."]]], tuple[Float32[Array, ""], Report]]:
-            """The gradients, those of layers apart, and the loss with its parts."""
+        def microbatch(micro: Batch) -> tuple[Gradients, tuple[Float32[Array, ""], Report]]:
+            """The gradients, and the loss with its parts."""
             parts, narrow = loss_and_grad(trained, carriers.zeros(shapes), frozen, micro, counts)
             return narrow, parts
 
