@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
 
+TILE = 256  # rows or columns
+
+
 def _parse(side: str) -> list[tuple[str, tuple[str, ...]]]:
     return [(name, tuple(axes)) for name, *axes in (dim.split("/") for dim in side.split())]
 
@@ -47,13 +50,22 @@ def all_gather(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
             # As a matrix: XLA's TPU compiler turns the reduce-scatter of more dims into an all-reduce.
             over, columns = old[len(new) :], i > 0 and math.prod(x.shape[i + 1 :]) == 1
             if columns:
-                whole = jax.lax.all_gather(x.reshape(-1, x.shape[i]), over, axis=1, tiled=True)
+                whole = _gather_matrix(x.reshape(-1, x.shape[i]), over, 1)
                 x = whole.reshape(*x.shape[:i], -1, *x.shape[i + 1 :])
             else:
                 front = jnp.moveaxis(x, i, 0)
-                whole = jax.lax.all_gather(front.reshape(x.shape[i], -1), over, axis=0, tiled=True)
+                whole = _gather_matrix(front.reshape(x.shape[i], -1), over, 0)
                 x = jnp.moveaxis(whole.reshape(-1, *front.shape[1:]), 0, i)
     return x
+
+
+def _gather_matrix(x: Shaped[Array, "row column"], over: tuple[str, ...], axis: int) -> Shaped[Array, "rows columns"]:
+    """The other dim goes in whole tiles if it is large: with 2112 columns XLA's TPU compiler aborts."""
+    kept = x.shape[1 - axis]
+    if extra := -kept % TILE if kept > 8 * TILE else 0:
+        x = jnp.pad(x, ((0, extra), (0, 0)) if axis else ((0, 0), (0, extra)))
+    whole = jax.lax.all_gather(x, over, axis=axis, tiled=True)
+    return jax.lax.slice_in_dim(whole, 0, kept, axis=1 - axis) if extra else whole
 
 
 def all_to_all(spec: str, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32
 
-from mintrain import arrays, config, sharding, step
+from mintrain import arrays, collectives, config, sharding, step
 from mintrain.collectives import all_gather, all_to_all, psum
 from mintrain.config import ConfigError
 from mintrain.model import LM
@@ -45,9 +45,12 @@ def pieces(layout: P) -> list[np.ndarray]:
         ("a/fsdp b/tensor c -> a b c", P("fsdp", "tensor"), P()),
         ("a/fsdp/tensor b c -> a/fsdp b c", P(("fsdp", "tensor")), P("fsdp")),
         ("a b/tensor/fsdp c -> a b c", P(None, ("tensor", "fsdp")), P()),
+        ("a b c/tensor -> a b c", P(None, None, "tensor"), P()),
     ],
 )
-def test_all_gather_gives_every_device_what_the_spec_says(spec, before, after):
+@pytest.mark.parametrize("tile", [collectives.TILE, 5])  # with 5, what is gathered is padded
+def test_all_gather_gives_every_device_what_the_spec_says(spec, before, after, tile, monkeypatch):
+    monkeypatch.setattr(collectives, "TILE", tile)
     ours = on_devices(lambda x: all_gather(spec, x)[None], before, EACH)
     np.testing.assert_array_equal(ours, pieces(after))
 
