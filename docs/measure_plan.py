@@ -18,7 +18,7 @@ GEMMA = ("gemma4_31b", "gemma3_27b", "gemma2_27b", "gemma4_26b")
 ROWS = [  # config, layers or 0 for all, slice, options
     *[(name, 0, "v6e-32", ["--mesh.fsdp", "32", "--data.seq_len", "2048"]) for name in GEMMA],
     ("deepseek32_671b", 8, "v6e-32", ["--mesh.expert", "32", *BF16]),
-    ("deepseek32_671b", 0, "v5p-256", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+    ("deepseek32_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
     *[(name, 0, "v6e-32", ["--mesh.fsdp", "32", "--data.seq_len", "4096"]) for name in GEMMA],
     ("gemma3_1b", 0, "v6e-1", []),
     ("gemma2_2b", 0, "v6e-4", []),
@@ -33,7 +33,7 @@ ROWS = [  # config, layers or 0 for all, slice, options
     ("gemma4_26b", 0, "v6e-16", []),
     ("gemma4_31b", 0, "v6e-16", []),
     ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
-    ("deepseek3_671b", 0, "v5p-256", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+    ("deepseek3_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
 ]
 
 

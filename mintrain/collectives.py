@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-
 TILE = 256  # rows or columns
 
 

@@ -19,7 +19,6 @@ from mintrain.model import LM, Remat
 from mintrain.sharding import ALL_TOKENS
 
 CHUNK = 1 << 24  # logits of one chunk on one device: 64 MiB of float32
-TILE = 256  # large chunks are multiples, as TPUs want them; with 7946 rows their compiler aborts
 
 
 class Batch(eqx.Module):
@@ -66,7 +65,6 @@ def target_statistics(
     """The logit of each target and the log-sum-exp over the whole vocabulary."""
     rows = table.shape[0]
     size = -(-rows // -(-rows * x.shape[0] // CHUNK))
-    size = size if size < TILE or size == rows else -(-size // TILE) * TILE
     chunks = -(-rows // size)
     padded = jnp.pad(table, ((0, chunks * size - rows), (0, 0))).reshape(chunks, size, -1)
     local = targets - rows * jax.lax.axis_index("tensor")

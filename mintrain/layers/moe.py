@@ -65,6 +65,31 @@ def slot_count(rows: int, experts: int, block: int) -> int:
     return (rows + experts * (block - 1)) // block * block
 
 
+@jax.custom_vjp
+def take(
+    x: Float[Array, "from width"], index: Int32[Array, "to"], copies: Int32[Array, "from_copies"]
+) -> Float[Array, "to width"]:
+    """Row `index // n` of `x`, of which there are n copies; zeros beyond the last one.
+
+    copies: where each row's n copies go, side by side, or beyond the last place. With it the gradient is fetched as the
+    rows are, and summed in float32; without, it would be scattered, which TPUs do slowly.
+    """
+    return x.at[index // (copies.shape[0] // x.shape[0])].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x: Array, index: Array, copies: Array) -> tuple[Array, tuple[Array, Array]]:
+    return take(x, index, copies), (copies, jnp.zeros((x.shape[0], 0)))
+
+
+def _take_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
+    copies, rows = kept
+    each = g.at[copies].get(mode="fill", fill_value=0).reshape(rows.shape[0], -1, g.shape[1])
+    return jnp.sum(each.astype(jnp.float32), axis=1).astype(g.dtype), None, None
+
+
+take.defvjp(_take_forward, _take_backward)
+
+
 class MoE(eqx.Module):
     router: Router
     gate_up: Float32[Array, "experts expert_embed pair ff"]
@@ -122,8 +147,9 @@ class MoE(eqx.Module):
         tokens, topk = index.shape
         devices, experts = jax.lax.axis_size("expert"), self.gate_up.shape[0]
         order = jnp.argsort(index.reshape(-1), stable=True)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)  # of each copy
         counts = jnp.bincount(index.reshape(-1), length=devices * experts).astype(jnp.int32)
-        rows = x.astype(jnp.float32)[order // topk].astype(x.dtype)  # the gradients of a token's copies sum in float32
+        rows = take(x, order, place)
 
         counts = all_gather("source/expert routes -> source routes", counts[None])
         sizes = jnp.sum(counts.reshape(devices, devices, experts), axis=-1)
@@ -136,12 +162,12 @@ class MoE(eqx.Module):
         slot, padded = slots(mine, capacity, block)
         filled = slot_count(capacity, experts, block)
         origin = jnp.full_like(slot, capacity, shape=filled).at[slot].set(jnp.arange(capacity), mode="drop")
-        rows = rows.at[origin].get(mode="fill", fill_value=0)
+        rows = take(rows, origin, slot)
         gate, up = jnp.split(grouped_matmul(rows, gate_up, padded, block), 2, axis=-1)
         rows = grouped_matmul(ACTIVATIONS[self.cfg.activation](gate) * up, down, padded, block)
-        rows = rows.at[slot].get(mode="fill", fill_value=0)
+        rows = take(rows, slot, origin)
 
         if devices > 1:
             rows = ragged_all_to_all(rows, sizes.T, tokens * topk, "expert")
-        rows = rearrange(rows[jnp.argsort(order)], "(t k) d -> t k d", k=topk)
+        rows = rearrange(take(rows, place, order), "(t k) d -> t k d", k=topk)
         return psum(jnp.einsum("tkd,tk->td", rows.astype(jnp.float32), weights), "tensor").astype(x.dtype)
