@@ -3,7 +3,7 @@
 import dataclasses
 import subprocess
 import sys
-from functools import cache
+from functools import lru_cache
 
 import faults
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mintrain import numerics, sharding, step
+from mintrain import numerics, observe, sharding, step
 from mintrain.config import Mesh
 
 EIGHT = {"gemma": Mesh(fsdp=2, tensor=2, context=2), "deepseek": Mesh(fsdp=2, expert=2, tensor=2)}
@@ -22,9 +22,11 @@ def planted(monkeypatch):
     faults.plant(monkeypatch)
 
 
-@cache
+@lru_cache(maxsize=1)
 def built(family: str, eight: bool, scan: bool):
-    """Config, mesh, the step, and how a state and a batch are made. Nothing is donated."""
+    """Config, mesh, state, batch and the step. Nothing is donated."""
+    observe._functions.clear()  # a process can map only so many compiled programs
+    jax.clear_caches()
     mesh = EIGHT[family] if eight else Mesh()
     cfg = dataclasses.replace(
         tiny.CONFIG, model=faults.MODELS[family], mesh=mesh, per_device_batch_size=8 / mesh.devices, scan_layers=scan
