@@ -160,19 +160,23 @@ def picture(records: list[dict]) -> Any:
         sharex=True, layout="constrained",
     )  # fmt: skip
     steps = [record["step"] for record in seen]
-    for panel, name in zip(panels.flat, names, strict=False):
+    for i, (panel, name) in enumerate(zip(panels.flat, names, strict=False)):
         rows = np.array([record["layers"][name] for record in seen], float).T
         positive = rows[np.isfinite(rows) & (rows > 0)]
-        low, high = (positive.min(), positive.max()) if positive.size else (1, 10)
+        low, high = (positive.min(), positive.max()) if positive.size else (1, 1)
         norm = LogNorm(low, max(high, low * 1.01))
         image = panel.pcolormesh(steps, np.arange(len(rows)), np.maximum(rows, low), norm=norm, shading="nearest")
-        figure.colorbar(image, ax=panel)
-        panel.set_title(name.replace("_", " "), fontsize=9)
+        bar = figure.colorbar(image, ax=panel, ticks=np.geomspace(norm.vmin, norm.vmax, 3), format="%.2g")
+        bar.ax.minorticks_off()
+        if not positive.size:
+            bar.set_ticks([])
+        panel.set_title(name.replace("_", " ") + ("" if positive.size else ": 0"), fontsize=9)
         panel.set_yticks(sorted({0, len(rows) - 1}))
+        if i + columns >= len(names):  # the lowest one of its column
+            panel.tick_params(labelbottom=True)
+            panel.set_xlabel("step")
     for panel in panels.flat[len(names) :]:
         panel.axis("off")
-    for panel in panels[-1]:
-        panel.set_xlabel("step")
     for panel in panels[:, 0]:
         panel.set_ylabel("layer")
     return figure
