@@ -194,7 +194,10 @@ COLLECTIVES = {  # of the result's bytes on a device, the share that comes from 
 
 
 def count_collectives(jaxpr: Jaxpr, axes: dict[str, int], times: int, into: dict[str, list[float]]) -> None:
-    """Calls, and bytes that a device receives, of the collectives over more than one device."""
+    """Calls, and bytes that a device receives, of the collectives over more than one device, on TPUs.
+
+    Rows that are sent to experts are counted as if all experts were used alike.
+    """
     for eqn in jaxpr.eqns:
         name = re.sub(r"(_invariant|_invariant_reduced|_reduced|2)$", "", eqn.primitive.name)
         if name in COLLECTIVES:
@@ -202,11 +205,16 @@ def count_collectives(jaxpr: Jaxpr, axes: dict[str, int], times: int, into: dict
             n = math.prod(axes.get(axis, 1) for axis in ([over] if isinstance(over, str) else over))
             if n > 1:
                 size = sum(var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars)
+                if name == "ragged_all_to_all":  # the longer one of both sides has room for all that could come
+                    size = min(size, eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize)
                 entry = into.setdefault(name, [0, 0.0])
                 entry[0] += times
                 entry[1] += times * size * COLLECTIVES[name](n)
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for part in jaxprs(eqn.params):
+        parts = jaxprs(eqn.params)
+        if platforms := eqn.params.get("branches_platforms"):
+            parts = [part for part, where in zip(parts, platforms, strict=True) if not where or "tpu" in where][:1]
+        for part in parts:
             count_collectives(part, axes, inner, into)
 
 

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mintrain import plan, step
+from mintrain.collectives import ragged_all_to_all
 from mintrain.config import ConfigError, Mesh
 from mintrain.sharding import AXES, abstract_mesh
 
@@ -51,6 +55,21 @@ def test_collectives_are_counted_through_scans_with_what_a_device_receives():
     assert found["all_gather"][1] >= 2 * layers * 3 / 4  # of four parts, three come from others
     assert found["reduce_scatter"][1] >= layers / 4 * 3
     assert found["all_gather"][0] >= 2 * sum(leaf.shape[0] for leaf in blocks)
+
+
+def test_rows_for_experts_are_counted_as_tpus_send_them_with_experts_used_alike():
+    mesh = abstract_mesh(Mesh(expert=4))
+    rows = jax.ShapeDtypeStruct((4 * 6, 10), np.float32, sharding=NamedSharding(mesh, P("expert", None)))
+    sizes = jax.ShapeDtypeStruct((4, 4), np.int32, sharding=NamedSharding(mesh, P(None, None)))
+
+    def there_and_back(rows, sizes):
+        return ragged_all_to_all(ragged_all_to_all(rows, sizes, 24, "expert"), sizes.T, 6, "expert")
+
+    sides = dict(in_specs=(P("expert"), P()), out_specs=P("expert"))
+    jaxpr = jax.make_jaxpr(jax.shard_map(there_and_back, mesh=mesh, **sides))(rows, sizes)
+    found: dict[str, list[float]] = {}
+    plan.count_collectives(jaxpr.jaxpr, {"expert": 4}, 1, found)
+    assert found == {"ragged_all_to_all": [2, 2 * 6 * 10 * 4 * 3 / 4]}
 
 
 def planned(cfg, gib: float) -> plan.Plan:
