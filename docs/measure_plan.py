@@ -14,12 +14,13 @@ from mintrain import options, plan
 from mintrain.config import Config, Stage
 
 BF16 = ["--optim.moments", "bfloat16"]
-GEMMA = ("gemma4_31b", "gemma3_27b", "gemma2_27b", "gemma4_26b")
+GEMMA = {name: ["--mesh.fsdp", "32"] for name in ("gemma4_31b", "gemma3_27b", "gemma2_27b")}
+GEMMA["gemma4_26b"] = ["--mesh.expert", "32"]
 ROWS = [  # config, layers or 0 for all, slice, options
-    *[(name, 0, "v6e-32", ["--mesh.fsdp", "32", "--data.seq_len", "2048"]) for name in GEMMA],
+    *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "2048"]) for name, mesh in GEMMA.items()],
     ("deepseek32_671b", 8, "v6e-32", ["--mesh.expert", "32", *BF16]),
     ("deepseek32_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
-    *[(name, 0, "v6e-32", ["--mesh.fsdp", "32", "--data.seq_len", "4096"]) for name in GEMMA],
+    *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "4096"]) for name, mesh in GEMMA.items()],
     ("gemma3_1b", 0, "v6e-1", []),
     ("gemma2_2b", 0, "v6e-4", []),
     ("gemma3_4b", 0, "v6e-4", []),
@@ -30,7 +31,7 @@ ROWS = [  # config, layers or 0 for all, slice, options
     ("deepseek2_16b", 0, "v6e-8", ["--mesh.expert", "8"]),
     ("gemma2_27b", 0, "v6e-16", []),
     ("gemma3_27b", 0, "v6e-16", []),
-    ("gemma4_26b", 0, "v6e-16", []),
+    ("gemma4_26b", 0, "v6e-16", ["--mesh.expert", "16"]),
     ("gemma4_31b", 0, "v6e-16", []),
     ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
     ("deepseek3_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
