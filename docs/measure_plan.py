@@ -16,17 +16,22 @@ from mintrain.config import Config, Stage
 BF16 = ["--optim.moments", "bfloat16"]
 GEMMA = {name: ["--mesh.fsdp", "32"] for name in ("gemma4_31b", "gemma3_27b", "gemma2_27b")}
 GEMMA["gemma4_26b"] = ["--mesh.expert", "32"]
-ROWS = [  # config, layers or 0 for all, slice, options
+LARGE = [  # config, layers or 0 for all, slice, options
     *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "2048"]) for name, mesh in GEMMA.items()],
+    *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "4096"]) for name, mesh in GEMMA.items()],
     ("deepseek32_671b", 8, "v6e-32", ["--mesh.expert", "32", *BF16]),
     ("deepseek32_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
-    *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "4096"]) for name, mesh in GEMMA.items()],
+    ("deepseek32_671b", 0, "v5p-256", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+]
+SMALLEST = [  # of each config, and what does not fit the next smaller slice if its state alone would
     ("gemma3_1b", 0, "v6e-1", []),
     ("gemma2_2b", 0, "v6e-4", []),
+    ("gemma2_2b", 0, "v6e-1", []),
     ("gemma3_4b", 0, "v6e-4", []),
     ("gemma4_e2b", 0, "v6e-4", []),
     ("gemma4_e4b", 0, "v6e-4", []),
     ("gemma2_9b", 0, "v6e-8", []),
+    ("gemma2_9b", 0, "v6e-4", []),
     ("gemma3_12b", 0, "v6e-8", []),
     ("deepseek2_16b", 0, "v6e-8", ["--mesh.expert", "8"]),
     ("gemma2_27b", 0, "v6e-16", []),
@@ -34,8 +39,12 @@ ROWS = [  # config, layers or 0 for all, slice, options
     ("gemma4_26b", 0, "v6e-16", ["--mesh.expert", "16"]),
     ("gemma4_31b", 0, "v6e-16", []),
     ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
+    ("deepseek2_236b", 0, "v6e-64", ["--mesh.fsdp", "2", "--mesh.expert", "32", *BF16]),
     ("deepseek3_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
+    ("deepseek3_671b", 0, "v5p-128", ["--mesh.expert", "64", *BF16]),
 ]
+COLUMNS = "config, slice, mesh, tokens a chip, parameters and state, peak (GiB), of, "
+COLUMNS += "gathers beside products / alone, compiled in"
 
 
 def cut(cfg: Config, layers: int) -> Config:
@@ -57,7 +66,7 @@ def make(name: str, layers: int, tpus: str, changes: list[str]) -> None:
 def main(names: list[str]) -> None:
     file = Path("runs/plans.json")
     known = json.loads(file.read_text()) if file.is_file() else {}
-    for row in ROWS:
+    for row in LARGE + SMALLEST:
         key = json.dumps(row)
         if key not in known and (not names or row[0] in names):
             done = subprocess.run([sys.executable, __file__, "--row", key], capture_output=True, text=True)
@@ -68,21 +77,24 @@ def main(names: list[str]) -> None:
             print(key, last[:300], flush=True)
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(known, indent=1))
-    print("| config | slice | mesh | tokens a chip | parameters and state | peak | of | compiled in | predicted MFU |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for key, found in known.items():
-        name, layers, _, changes = json.loads(key)
-        if "error" in found:
-            print(f"| {name} | {found['error']} |")
-            continue
-        cfg, *_ = options.load([f"configs/{name}.py", *changes])
-        gib = found["memory_gib"]
-        what = f"`{name}`" + (f", {layers} layers" if layers else "") + (", bf16 moments" if BF16[0] in changes else "")
-        print(
-            f"| {what} | {found['topology']} | {found['mesh']} | {cfg.data.seq_len} | {gib['arguments']:.1f} | "
-            f"{gib['peak']:.1f}{'' if found['fits'] else ' (too much)'} | {found['available_gib']:.1f} | "
-            f"{found['compile_s']:.0f} s | {found['predicted']['mfu']:.0%} |"
-        )
+    for rows in (LARGE, SMALLEST):
+        print("", f"| {COLUMNS.replace(', ', ' | ')} |", "|---" * (COLUMNS.count(",") + 1) + "|", sep="\n")
+        print(*[line(row, known[json.dumps(row)]) for row in rows if json.dumps(row) in known], sep="\n")
+
+
+def line(row: tuple[str, int, str, list[str]], found: dict) -> str:
+    name, layers, tpus, changes = row
+    what = f"`{name}`" + (f", {layers} layers" if layers else "") + (", bf16 moments" if BF16[0] in changes else "")
+    if "error" in found:
+        return f"| {what} | {tpus} | {found['error']} |"
+    cfg, *_ = options.load([f"configs/{name}.py", *changes])
+    gib, gathers = found["memory_gib"], found["gathers"]
+    peak = f"{gib['peak']:.2f}" + ("" if found["fits"] else ", too much")
+    places = f"{gathers['overlapped']} / {gathers['alone']}" if gathers else ""
+    return (
+        f"| {what} | {found['topology']} | {found['mesh']} | {cfg.data.seq_len} | {gib['arguments']:.1f} | {peak} | "
+        f"{found['available_gib']:.2f} | {places} | {found['compile_s']:.0f} s |"
+    )
 
 
 if __name__ == "__main__":

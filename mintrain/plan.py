@@ -1,13 +1,12 @@
 """`--plan TOPOLOGY`: the whole train step compiled by the TPU's own compiler, on a machine without a TPU.
 
 Memory is the compiler's, and the program it made is audited as the traced one is. FLOPs and collectives are counted in
-the traced program, per device, through scans, Pallas kernels and what the backward pass computes again. The step time
-is a prediction and no measurement: the largest of the products' FLOPs, three times the arguments (the state is read and
-written, gradients are written; activations are left out) and what collectives receive, each over the chip's rate.
+the traced program, per device (costs.py). The step time is a prediction and no measurement: the largest of the
+products' FLOPs, three times the arguments (the state is read and written, gradients are written; activations are left
+out) and what collectives receive, each over the chip's rate.
 """
 
 import json
-import math
 import os
 import re
 import time
@@ -18,13 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr
 from jax.sharding import AxisType
 
 from mintrain import audit_hlo, options
 from mintrain.audit import audit, proved
-from mintrain.check import forward_flops, jaxprs, matmul_flops
 from mintrain.config import Config, ConfigError, Mesh
+from mintrain.costs import count_collectives, forward_flops, matmul_flops
 from mintrain.sharding import AXES, bytes_per_device, describe, validate
 from mintrain.step import abstract_batch, abstract_state, make_train_step
 
@@ -180,42 +178,6 @@ def make(cfg: Config, name: str) -> Plan:
         predicted={**seconds, "step_s": step_s, "mfu": needed / chip.flops / step_s, "tokens_per_s_and_chip": tokens},
         proved=paths,
     )
-
-
-COLLECTIVES = {  # of the result's bytes on a device, the share that comes from others, for n devices
-    "all_gather": lambda n: (n - 1) / n,
-    "reduce_scatter": lambda n: n - 1,
-    "psum": lambda n: 2 * (n - 1) / n,
-    "pmax": lambda n: 2 * (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n,
-    "ragged_all_to_all": lambda n: (n - 1) / n,
-    "ppermute": lambda n: 1.0,
-}
-
-
-def count_collectives(jaxpr: Jaxpr, axes: dict[str, int], times: int, into: dict[str, list[float]]) -> None:
-    """Calls, and bytes that a device receives, of the collectives over more than one device, on TPUs.
-
-    Rows that are sent to experts are counted as if all experts were used alike.
-    """
-    for eqn in jaxpr.eqns:
-        name = re.sub(r"(_invariant|_invariant_reduced|_reduced|2)$", "", eqn.primitive.name)
-        if name in COLLECTIVES:
-            over = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-            n = math.prod(axes.get(axis, 1) for axis in ([over] if isinstance(over, str) else over))
-            if n > 1:
-                size = sum(var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars)
-                if name == "ragged_all_to_all":  # the longer one of both sides has room for all that could come
-                    size = min(size, eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize)
-                entry = into.setdefault(name, [0, 0.0])
-                entry[0] += times
-                entry[1] += times * size * COLLECTIVES[name](n)
-        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        parts = jaxprs(eqn.params)
-        if platforms := eqn.params.get("branches_platforms"):
-            parts = [part for part, where in zip(parts, platforms, strict=True) if not where or "tpu" in where][:1]
-        for part in parts:
-            count_collectives(part, axes, inner, into)
 
 
 def overlap(program: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mintrain import check, config, hf_config, options
+from mintrain import check, config, costs, hf_config, options
 
 HERE = Path(__file__).parent
 RELEASED = json.loads((HERE / "real_configs.json").read_text())
@@ -87,4 +87,4 @@ def test_flops_are_counted_through_scans_and_devices():
     attention = model.layers[0].attention
     per_layer = model.embed * attention.head_dim * (2 * attention.heads + 2 * attention.kv_heads) + 3 * model.embed * 56
     products = 2 * (per_layer + model.vocab * model.embed) + 4 * seq * attention.heads * attention.head_dim
-    assert check.forward_flops(cfg) == tokens * products
+    assert costs.forward_flops(cfg) == tokens * products

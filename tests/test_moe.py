@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec as P
 
-from mintrain import check, sharding, step
+from mintrain import costs, sharding, step
 from mintrain.collectives import ragged_all_to_all
 from mintrain.config import Config, Data, Mesh, Model, MoE, stages
 from mintrain.layers import moe, router
@@ -164,12 +164,29 @@ def test_what_is_multiplied_grows_with_the_experts_of_a_token_and_not_with_all()
     def flops(**change) -> int:
         layer = dataclasses.replace(tiny.SPARSE, moe=dataclasses.replace(PLAIN, width=64, **change))
         model = Model(vocab=74, embed=40, stages=stages((layer,)))
-        return check.forward_flops(Config(model, data=Data(seq_len=512), per_device_batch_size=8))
+        return costs.forward_flops(Config(model, data=Data(seq_len=512), per_device_batch_size=8))
 
     one_expert = 2 * 3 * 40 * 64 * 512 * 8
     rise = lambda a, b: (flops(**b) - flops(**a)) / one_expert
     assert rise(dict(experts=8, topk=1), dict(experts=8, topk=2)) == pytest.approx(1, abs=0.15)
     assert rise(dict(experts=8, topk=2), dict(experts=32, topk=2)) < 1  # the router, and blocks that are not full
+
+
+@pytest.mark.parametrize("topk", [2, 6])
+def test_what_is_multiplied_on_each_of_four_devices_is_a_fourth_with_experts_used_alike(topk):
+    """Though each has room for all rows that could come: those of all four. The backward pass multiplies twice."""
+    layer = dataclasses.replace(tiny.SPARSE, moe=dataclasses.replace(PLAIN, width=64, experts=12, topk=topk))
+    model = Model(vocab=74, embed=40, stages=stages((layer,)))
+    cfg = Config(model, data=Data(seq_len=512), per_device_batch_size=8, remat="none")
+
+    def counted(cfg: Config) -> int:
+        mesh = sharding.abstract_mesh(cfg.mesh)
+        arguments = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
+        return costs.matmul_flops(step.make_train_step(cfg, mesh).trace(*arguments).jaxpr)
+
+    one, four = counted(cfg), counted(dataclasses.replace(cfg, mesh=Mesh(expert=4), per_device_batch_size=2))
+    assert 4 * four == pytest.approx(one, rel=0.05)
+    assert one == pytest.approx(3 * costs.forward_flops(cfg), rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------- the exchange

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mintrain import plan, step
+from mintrain import costs, plan, step
 from mintrain.collectives import ragged_all_to_all
 from mintrain.config import ConfigError, Mesh
 from mintrain.sharding import AXES, abstract_mesh
@@ -49,7 +49,7 @@ def test_collectives_are_counted_through_scans_with_what_a_device_receives():
     state, batch = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
     jaxpr = step.make_train_step(cfg, mesh).trace(state, batch).jaxpr
     found: dict[str, list[float]] = {}
-    plan.count_collectives(jaxpr.jaxpr, dict(zip(AXES, cfg.mesh.sizes, strict=True)), 1, found)
+    costs.count_collectives(jaxpr.jaxpr, dict(zip(AXES, cfg.mesh.sizes, strict=True)), 1, found)
     blocks = [leaf for leaf in jax.tree.leaves(state.model.stages) if leaf.ndim > 2]  # matrices of all repeats
     layers = sum(4 * leaf.size for leaf in blocks)
     assert found["all_gather"][1] >= 2 * layers * 3 / 4  # of four parts, three come from others
@@ -68,7 +68,7 @@ def test_rows_for_experts_are_counted_as_tpus_send_them_with_experts_used_alike(
     sides = dict(in_specs=(P("expert"), P()), out_specs=P("expert"))
     jaxpr = jax.make_jaxpr(jax.shard_map(there_and_back, mesh=mesh, **sides))(rows, sizes)
     found: dict[str, list[float]] = {}
-    plan.count_collectives(jaxpr.jaxpr, {"expert": 4}, 1, found)
+    costs.count_collectives(jaxpr.jaxpr, {"expert": 4}, 1, found)
     assert found == {"ragged_all_to_all": [2, 2 * 6 * 10 * 4 * 3 / 4]}
 
 

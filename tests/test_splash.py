@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mintrain import context, sharding
-from mintrain.check import matmul_flops
 from mintrain.collectives import all_gather
 from mintrain.config import Mesh
+from mintrain.costs import matmul_flops
 from mintrain.layers import attend, splash
 from mintrain.layers.attend import Places
 
