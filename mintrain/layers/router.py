@@ -17,6 +17,10 @@ from mintrain.collectives import psum, vary_like
 from mintrain.layers.linear import gather, normal
 from mintrain.layers.norm import inverse_rms
 
+# Tokens that are multiplied at once: XLA's TPU compiler takes 10 s for a float32 product of 2048 and 20 s for its
+# gradient, and 1 s in blocks.
+BLOCK = 256
+
 
 def router_logits(
     x: Float32[Array, "token embed"], weight: Float32[Array, "embed routes"]
@@ -118,7 +122,8 @@ class Router(eqx.Module):
         if self.scale is not None:
             x = x * inverse_rms(x, self.eps) * (vary_like(self.scale, x) * x.shape[-1] ** -0.5)[None]
         weight = gather("embed/fsdp/expert routes -> embed routes", self.weight, x.dtype)
-        logits = router_logits(x, weight)
+        one = lambda token: router_logits(token[None], weight)[0]
+        logits = jax.lax.map(one, x, batch_size=BLOCK)
         watch.record("router_logit", lambda: jnp.max(jnp.abs(logits)))
         scores = router_scores(logits, self.cfg.score)
         index = choose(scores if self.bias is None else scores + self.bias[None], self.cfg)
