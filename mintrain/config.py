@@ -295,6 +295,7 @@ class Config:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     scan_layers: bool = True  # False unrolls the same stacked parameters
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    gather_ahead: int = 90  # percent of a TPU's memory up to which weights are gathered before they are needed
     indexer: Literal["warmup", "sparse"] = "sparse"  # stage of sparse attention; warmup trains the indexer alone
     mtp_weight: float = 0.3  # of the mean loss of the further tokens that `model.mtp` predicts
     z_loss: float = 0.0  # weight of logsumexp², which keeps the logits from drifting (PaLM, arXiv 2204.02311)
@@ -341,6 +342,10 @@ class Config:
             raise ConfigError("lora.rank and indexer=warmup train different things; use one of them")
         if self.model.mtp and self.mtp_weight <= 0:
             raise ConfigError(f"mtp_weight={self.mtp_weight} trains nothing in model.mtp; use 0.3, or mtp=()")
+        if not 0 < self.gather_ahead <= 100:
+            raise ConfigError(
+                f"gather_ahead={self.gather_ahead} is no percentage of the memory; use 90, or less to save"
+            )
         if self.watch_every < 0:
             raise ConfigError(f"watch_every={self.watch_every} is no number of steps; use 10, or 0 for none")
         for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite"):

@@ -23,8 +23,8 @@ def forward_flops(cfg: Config, mesh: AnyMesh | None = None) -> int:
     """FLOPs of the matrix products of one forward pass of one step, as traced for one device with the whole batch.
 
     Attention counts every query with every key, masked or not, as the plain form computes it; on a `mesh` of one TPU,
-    the blocks that its kernel visits. The rows of experts are padded to whole blocks, and what a mesh computes twice
-    is counted once.
+    the blocks that its kernel visits. Experts count as often as tokens choose them, without the rows that fill up
+    blocks, and what a mesh computes twice is counted once.
     """
     cfg = dataclasses.replace(cfg, mesh=Mesh(), per_device_batch_size=cfg.batch_size, accumulate=1)
     mesh = abstract_mesh(cfg.mesh) if mesh is None else mesh
@@ -35,19 +35,23 @@ def forward_flops(cfg: Config, mesh: AnyMesh | None = None) -> int:
     )
     one = jax.ShapeDtypeStruct((), jax.numpy.float32)
     traced = jax.jit(sharded_loss(cfg, mesh, state.model)).trace(state.model, micro, jax.eval_shape(Counts, one, one))
-    return matmul_flops(traced.jaxpr)
+    experts = [layer.moe for layer in (*cfg.model.layers, *cfg.model.mtp) if layer.moe]
+    chosen = sum(2 * 3 * cfg.model.embed * moe.width * moe.topk for moe in experts) * math.prod(micro.tokens.shape)
+    return chosen + matmul_flops(traced.jaxpr, experts=False)
 
 
-def matmul_flops(closed: ClosedJaxpr) -> int:
+def matmul_flops(closed: ClosedJaxpr, experts: bool = True) -> int:
     """FLOPs of all matrix products, as often as scans and the grids of Pallas kernels run them.
 
     Of a splash attention kernel's grid, only the steps count that its mask does not leave out: products with blocks of
     keys that no query of a block sees are not computed. With parts of the sequence on several devices that is the mean
     of all parts. Within a visited block every query counts with every key. Of the room for rows that may be sent to a
     device's experts, only what is filled counts.
+
+    experts: with their products.
     """
     shares = [_visited(const) for const in closed.consts]
-    return round(_count(closed.jaxpr, dict(zip(closed.jaxpr.constvars, shares, strict=True)), 1)[0])
+    return round(_count(closed.jaxpr, dict(zip(closed.jaxpr.constvars, shares, strict=True)), 1, experts)[0])
 
 
 def _visited(array: Any) -> float | None:
@@ -55,7 +59,9 @@ def _visited(array: Any) -> float | None:
     return float(np.mean(np.asarray(array) > 0)) if array.dtype == np.int8 else None
 
 
-def _count(jaxpr: Jaxpr, shares: dict[Any, float | None], times: float) -> tuple[float, list[float | None]]:
+def _count(
+    jaxpr: Jaxpr, shares: dict[Any, float | None], times: float, experts: bool
+) -> tuple[float, list[float | None]]:
     """FLOPs, and of each result the share that counts: of a table's blocks, of an expert's rows. None is all of it.
 
     A slice of a table is taken to have the share of the whole, and rows computed from others the share of those.
@@ -72,7 +78,7 @@ def _count(jaxpr: Jaxpr, shares: dict[Any, float | None], times: float) -> tuple
             results = [None]
         elif name == "ragged_dot_general":  # rows times matrices or, in the backward pass, rows times rows
             rows, out = eqn.invars[0].aval, eqn.outvars[0].aval
-            total += times * 2 * rows.size * out.shape[-1] * (1.0 if known[0] is None else known[0])
+            total += experts * times * 2 * rows.size * out.shape[-1] * (1.0 if known[0] is None else known[0])
         elif name == "ragged_all_to_all":
             sent, received = (var.aval.shape[0] for var in (eqn.invars[0], eqn.outvars[0]))
             share = sent / received * (1.0 if known[0] is None else known[0])
@@ -83,7 +89,7 @@ def _count(jaxpr: Jaxpr, shares: dict[Any, float | None], times: float) -> tuple
             inner *= math.prod(eqn.params["grid_mapping"].grid) * (1.0 if visited is None else visited)
         # The operands of what is inside come last: a branch's index and the constants of a loop's test stand before.
         inside = [
-            _count(part, dict(zip(reversed(part.invars), reversed(known), strict=False)), inner)
+            _count(part, dict(zip(reversed(part.invars), reversed(known), strict=False)), inner, experts)
             for part in programs(eqn)
         ]
         flops = [count for count, _ in inside]

@@ -36,11 +36,9 @@ TPU_OPTIONS = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
-    # but not so early that they fill the memory.
+    # but not so early that they fill the memory (`Config.gather_ahead`).
     "xla_tpu_enable_scheduler_memory_pressure_tracking": "true",
-    "xla_tpu_scheduler_percent_shared_memory_limit": "48",
 }
 OptState = PyTree[Float32[Array, "..."] | Int32[Array, "..."]] | Rounded  # optax's: moments and counts
 # Those of layers apart, in the dtype in which they are made (carriers.py).
@@ -218,11 +216,12 @@ def make_train_step(
         seen = watch.Seen(report.seen, report.load, *watch.gradient_norms(grads, cfg.model)) if watched else None
         return new, metrics(report, counts, grad_norm, lr, finite, new.skipped, seen)
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(mesh))
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options(mesh, cfg.gather_ahead))
 
 
-def compiler_options(mesh: AnyMesh) -> dict[str, str] | None:
-    return TPU_OPTIONS if on_tpu(mesh.abstract_mesh) else None
+def compiler_options(mesh: AnyMesh, gather_ahead: int = Config.gather_ahead) -> dict[str, str] | None:
+    limit = {"xla_tpu_scheduler_percent_shared_memory_limit": str(gather_ahead)}
+    return TPU_OPTIONS | limit if on_tpu(mesh.abstract_mesh) else None
 
 
 def balance_experts(model: LM, report: Report) -> LM:

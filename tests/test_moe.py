@@ -95,6 +95,23 @@ def alone(function):
     return lambda *a: jax.tree.map(lambda y: y[0], jax.jit(mapped)(*a))
 
 
+def test_scores_and_gradients_of_more_tokens_than_a_block_are_those_of_float64(monkeypatch):
+    monkeypatch.setattr(router, "BLOCK", 4)
+    layer, x = router.Router.init(tiny.ROUTED, tiny.DEEPSEEK, key=jax.random.key(0)), random(1, 13, 40)
+
+    def value(layer, x):
+        scores = layer(x)[2]
+        return jnp.sum(jnp.sin(scores)), scores
+
+    (by_layer, by_x), scores = alone(jax.grad(value, argnums=(0, 1), has_aux=True))(layer, x)
+    x, w = x.astype(np.float64), np.asarray(layer.weight, np.float64)
+    wanted = 1 / (1 + np.exp(-x @ w))
+    back = np.cos(wanted) * wanted * (1 - wanted)
+    np.testing.assert_allclose(scores, wanted, atol=1e-6)
+    np.testing.assert_allclose(by_x, back @ w.T, atol=1e-6)
+    np.testing.assert_allclose(by_layer.weight, x.T @ back, atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------- the experts
 
 
@@ -168,14 +185,14 @@ def test_what_is_multiplied_grows_with_the_experts_of_a_token_and_not_with_all()
 
     one_expert = 2 * 3 * 40 * 64 * 512 * 8
     rise = lambda a, b: (flops(**b) - flops(**a)) / one_expert
-    assert rise(dict(experts=8, topk=1), dict(experts=8, topk=2)) == pytest.approx(1, abs=0.15)
-    assert rise(dict(experts=8, topk=2), dict(experts=32, topk=2)) < 1  # the router, and blocks that are not full
+    assert rise(dict(experts=8, topk=1), dict(experts=8, topk=2)) == 1 + 1 / (3 * 64)  # with the weighted sum
+    assert rise(dict(experts=8, topk=2), dict(experts=32, topk=2)) == 24 / (3 * 64)  # the router
 
 
-@pytest.mark.parametrize("topk", [2, 6])
+@pytest.mark.parametrize("topk", [2, 3])
 def test_what_is_multiplied_on_each_of_four_devices_is_a_fourth_with_experts_used_alike(topk):
     """Though each has room for all rows that could come: those of all four. The backward pass multiplies twice."""
-    layer = dataclasses.replace(tiny.SPARSE, moe=dataclasses.replace(PLAIN, width=64, experts=12, topk=topk))
+    layer = dataclasses.replace(tiny.SPARSE, moe=dataclasses.replace(PLAIN, width=64, experts=4, topk=topk))
     model = Model(vocab=74, embed=40, stages=stages((layer,)))
     cfg = Config(model, data=Data(seq_len=512), per_device_batch_size=8, remat="none")
 
@@ -186,7 +203,7 @@ def test_what_is_multiplied_on_each_of_four_devices_is_a_fourth_with_experts_use
 
     one, four = counted(cfg), counted(dataclasses.replace(cfg, mesh=Mesh(expert=4), per_device_batch_size=2))
     assert 4 * four == pytest.approx(one, rel=0.05)
-    assert one == pytest.approx(3 * costs.forward_flops(cfg), rel=0.02)
+    assert 1 < one / (3 * costs.forward_flops(cfg)) < 1.1  # blocks that are not full
 
 
 # ------------------------------------------------------------------------------------------- the exchange

@@ -50,6 +50,7 @@ WRONG = {
         lambda: ["--mesh.fsdp", "8", "--per_device_batch_size", "0.5"],
         "per_device_batch_size=0.5.*multiple of 1",
     ),
+    "no share of the memory": (lambda: ["--gather_ahead", "0"], "gather_ahead=0 .* use 90"),
     "a part of a sequence": (lambda: ["--per_device_batch_size", "0.3"], "per_device_batch_size=0.3.*multiple"),
     "accumulation that does not divide the batch": (lambda: ["--accumulate", "3"], "accumulate = 3"),
     "heads that the mesh does not divide": (
