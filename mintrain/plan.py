@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import AxisType
 
 from mintrain import audit_hlo, options
 from mintrain.audit import audit, proved
 from mintrain.config import Config, ConfigError, Mesh
 from mintrain.costs import count_collectives, forward_flops, matmul_flops
-from mintrain.sharding import AXES, bytes_per_device, describe, validate
+from mintrain.sharding import AXES, arrange, bytes_per_device, describe, validate
 from mintrain.step import abstract_batch, abstract_state, make_train_step
 
 GIB = 1 << 30
@@ -119,8 +117,7 @@ def make(cfg: Config, name: str) -> Plan:
     """Compile the step of `cfg` for a slice of as many devices as its mesh has."""
     kind, torus = parse(name)
     found, chip = devices(kind, torus), CHIPS[kind]
-    axes = (AxisType.Explicit,) * len(AXES)
-    mesh = jax.sharding.Mesh(np.array(found).reshape(cfg.mesh.sizes), AXES, axis_types=axes)
+    mesh = arrange(cfg.mesh, found)
     state, batch = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     validate(cfg.mesh, state.model)
     traced = make_train_step(cfg, mesh).trace(state, batch)
@@ -132,11 +129,9 @@ def make(cfg: Config, name: str) -> Plan:
         used = compiled.memory_analysis()
         arguments, peak = used.argument_size_in_bytes, used.peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
-        sizes = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(error))
-        if not sizes:
+        arguments, peak = bytes_per_device(state) + bytes_per_device(batch), too_much(str(error))
+        if peak is None:
             raise
-        arguments = bytes_per_device(state) + bytes_per_device(batch)
-        peak = float(sizes[1]) * (GIB if sizes[2] == "G" else 1 << 20)
     compile_s = time.perf_counter() - start
     gathers = {}
     if compiled is not None:
@@ -153,8 +148,7 @@ def make(cfg: Config, name: str) -> Plan:
     collectives: dict[str, list[float]] = {}
     count_collectives(traced.jaxpr.jaxpr, dict(zip(AXES, cfg.mesh.sizes, strict=True)), 1, collectives)
     computed = matmul_flops(traced.jaxpr)
-    one = jax.sharding.Mesh(np.array(found[:1]).reshape(Mesh().sizes), AXES, axis_types=axes)
-    needed = 3 * forward_flops(cfg, one) / len(found)
+    needed = 3 * forward_flops(cfg, arrange(Mesh(), found[:1])) / len(found)
     received = sum(size for _, size in collectives.values())
     seconds = {
         "compute_s": computed / chip.flops,
@@ -178,6 +172,12 @@ def make(cfg: Config, name: str) -> Plan:
         predicted={**seconds, "step_s": step_s, "mfu": needed / chip.flops / step_s, "tokens_per_s_and_chip": tokens},
         proved=paths,
     )
+
+
+def too_much(error: str) -> float | None:
+    """The bytes that the compiler says it needs where it refuses a program; it says so in one of two ways."""
+    found = re.search(r"(?:Used |memory required for HLO temporaries \()([\d.]+)([MG])", error)
+    return float(found[1]) * (GIB if found[2] == "G" else 1 << 20) if found else None
 
 
 def overlap(program: str) -> dict[str, int]:

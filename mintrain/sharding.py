@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -45,7 +46,23 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
             f"mesh {describe(mesh)} has {mesh.devices} devices and leaves some of the {jax.process_count()} hosts with "
             f"nothing to do; use all {jax.device_count()} devices"
         )
-    return jax.make_mesh(mesh.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    return arrange(mesh, devices)
+
+
+def arrange(mesh: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh of as many devices. Those of an axis are near each other on a torus; TPU slices are parts of `replica`.
+
+    Raises ConfigError if there are slices that `replica` cannot be divided among.
+    """
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if mesh.replica % slices:
+        raise ConfigError(f"mesh.replica={mesh.replica} cannot be divided among {slices} slices; use {slices}")
+    inner, outer = (mesh.replica // slices, *mesh.sizes[1:]), (slices, *[1] * len(mesh.sizes[1:]))
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    else:
+        array = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:

@@ -126,6 +126,46 @@ for name in ("v6e-1", "v6e-2", "v6e-4", "v6e-32", "v5p-8", "v5p-256", "tpu7x-8",
     assert done.stdout.split() == ["1", "2", "4", "32", "4", "128", "16", "1"], done.stderr
 
 
+def test_any_mesh_is_laid_over_a_torus_and_replicas_over_slices(tmp_path):
+    """Also where an axis is no side of the torus, which `jax.make_mesh` refuses, as it does slices."""
+    pytest.importorskip("libtpu")
+    script = """
+from jax.experimental import topologies
+from mintrain import plan
+from mintrain.config import ConfigError, Mesh
+from mintrain.sharding import arrange
+
+pod = plan.devices("v6e", "4x8")
+for mesh in (Mesh(fsdp=32), Mesh(fsdp=2, expert=16), Mesh(fsdp=4, context=2, tensor=4)):
+    laid = arrange(mesh, pod)
+    print(laid.devices.shape == mesh.sizes, len(set(laid.devices.flat)))
+sides = dict(topology_name="v6e:2x2", chips_per_host_bounds=[2, 2, 1])
+two = topologies.get_topology_desc(platform="tpu", num_slices=2, **sides)
+print([{d.slice_index for d in replica.flat} for replica in arrange(Mesh(replica=4, fsdp=2), two.devices).devices])
+try:
+    arrange(Mesh(fsdp=8), two.devices)
+except ConfigError as error:
+    print(error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        *["True 32"] * 3,
+        "[{0}, {0}, {1}, {1}]",
+        "mesh.replica=1 cannot be divided among 2 slices; use 2",
+    ], done.stderr
+
+
+def test_what_the_compiler_says_of_too_little_memory_is_read_in_both_of_its_forms():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.84G) exceeds"
+    )
+    assert plan.too_much(f"{said} available HBM (31.25G).") == 33.84 * 2**30
+    said = "Ran out of memory in memory space hbm. Used 512.50M of 31.25G hbm. Exceeded hbm capacity by 1.00M."
+    assert plan.too_much(said) == 512.5 * 2**20
+    assert plan.too_much("INTERNAL: something else") is None
+
+
 @pytest.mark.plan
 @pytest.mark.slow
 def test_a_fault_that_only_the_compiled_program_shows_fails_the_plan(tmp_path):
