@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mintrain.config import ConfigError
@@ -114,5 +114,5 @@ def _any(here: bool) -> jax.Array | bool:
 
 @cache
 def _anyone():
-    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Explicit,))
     return NamedSharding(mesh, P("all")), jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
