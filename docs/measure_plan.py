@@ -1,4 +1,4 @@
-"""What docs/scale.md says of every config: `python docs/measure_plan.py [NAME ...]`, about an hour on two cores.
+"""What docs/scale.md says of every config: `python docs/measure_plan.py [NAME ...]`, two hours on two cores.
 
 Each row is a plan (mintrain/plan.py), made in its own process. Rows that runs/plans.json has are not made again, so it
 goes on where it was stopped. Prints the tables.
@@ -18,12 +18,12 @@ GEMMA = {name: ["--mesh.fsdp", "32"] for name in ("gemma4_31b", "gemma3_27b", "g
 GEMMA["gemma4_26b"] = ["--mesh.expert", "32"]
 LARGE = [  # config, layers or 0 for all, slice, options
     *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "2048"]) for name, mesh in GEMMA.items()],
+    ("gemma4_31b", 0, "v6e-32", [*GEMMA["gemma4_31b"], "--data.seq_len", "2048", "--gather_ahead", "90"]),
     *[(name, 0, "v6e-32", [*mesh, "--data.seq_len", "4096"]) for name, mesh in GEMMA.items()],
     ("deepseek32_671b", 8, "v6e-32", ["--mesh.expert", "32", *BF16]),
     ("deepseek32_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
-    ("deepseek32_671b", 0, "v5p-256", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
 ]
-SMALLEST = [  # of each config, and what does not fit the next smaller slice if its state alone would
+SMALLEST = [  # of each config; and the next smaller slice, if the state alone would fit it
     ("gemma3_1b", 0, "v6e-1", []),
     ("gemma2_2b", 0, "v6e-4", []),
     ("gemma2_2b", 0, "v6e-1", []),
@@ -37,14 +37,13 @@ SMALLEST = [  # of each config, and what does not fit the next smaller slice if 
     ("gemma2_27b", 0, "v6e-16", []),
     ("gemma3_27b", 0, "v6e-16", []),
     ("gemma4_26b", 0, "v6e-16", ["--mesh.expert", "16"]),
-    ("gemma4_31b", 0, "v6e-16", []),
-    ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
-    ("deepseek2_236b", 0, "v6e-64", ["--mesh.fsdp", "2", "--mesh.expert", "32", *BF16]),
+    ("gemma4_31b", 0, "v6e-16", ["--gather_ahead", "90"]),
+    ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "8", "--mesh.expert", "16", *BF16]),
     ("deepseek3_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
     ("deepseek3_671b", 0, "v5p-128", ["--mesh.expert", "64", *BF16]),
 ]
 COLUMNS = "config, slice, mesh, tokens a chip, parameters and state, peak (GiB), of, "
-COLUMNS += "gathers beside products / alone, compiled in"
+COLUMNS += "gathers beside products / alone, compiled in, predicted MFU"
 
 
 def cut(cfg: Config, layers: int) -> Config:
@@ -85,15 +84,18 @@ def main(names: list[str]) -> None:
 def line(row: tuple[str, int, str, list[str]], found: dict) -> str:
     name, layers, tpus, changes = row
     what = f"`{name}`" + (f", {layers} layers" if layers else "") + (", bf16 moments" if BF16[0] in changes else "")
+    what += ", gather_ahead 90" if "--gather_ahead" in changes else ""
     if "error" in found:
         return f"| {what} | {tpus} | {found['error']} |"
     cfg, *_ = options.load([f"configs/{name}.py", *changes])
     gib, gathers = found["memory_gib"], found["gathers"]
     peak = f"{gib['peak']:.2f}" + ("" if found["fits"] else ", too much")
     places = f"{gathers['overlapped']} / {gathers['alone']}" if gathers else ""
+    said = found["predicted"]
+    mfu = f"{said['mfu']:.0%}" + (", interconnect" if said["interconnect_s"] == said["step_s"] else "")
     return (
         f"| {what} | {found['topology']} | {found['mesh']} | {cfg.data.seq_len} | {gib['arguments']:.1f} | {peak} | "
-        f"{found['available_gib']:.2f} | {places} | {found['compile_s']:.0f} s |"
+        f"{found['available_gib']:.2f} | {places} | {found['compile_s']:.0f} s | {mfu} |"
     )
 
 
