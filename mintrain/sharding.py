@@ -1,6 +1,7 @@
 """The whole sharding policy: which mesh axis splits which named dim of a weight, and how batches are split."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def make_mesh(mesh: MeshConfig) -> jax.sharding.Mesh:
     return arrange(mesh, devices)
 
 
-def arrange(mesh: MeshConfig, devices: list[jax.Device]) -> jax.sharding.Mesh:
+def arrange(mesh: MeshConfig, devices: list[Any]) -> jax.sharding.Mesh:
     """The mesh of as many devices. Those of an axis are near each other on a torus; TPU slices are parts of `replica`.
 
     Raises ConfigError if there are slices that `replica` cannot be divided among.
