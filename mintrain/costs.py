@@ -54,39 +54,36 @@ def matmul_flops(closed: ClosedJaxpr, experts: bool = True) -> int:
     return round(_count(closed.jaxpr, dict(zip(closed.jaxpr.constvars, shares, strict=True)), 1, experts)[0])
 
 
-def _visited(array: Any) -> float | None:
-    """Of a kernel's table of blocks, the share that is visited. None of what is no such table."""
-    return float(np.mean(np.asarray(array) > 0)) if array.dtype == np.int8 else None
+def _visited(array: Any) -> float:
+    """Of a kernel's table of blocks, the share that is visited; 1 of what is no such table."""
+    return float(np.mean(np.asarray(array) > 0)) if array.dtype == np.int8 else 1.0
 
 
-def _count(
-    jaxpr: Jaxpr, shares: dict[Any, float | None], times: float, experts: bool
-) -> tuple[float, list[float | None]]:
-    """FLOPs, and of each result the share that counts: of a table's blocks, of an expert's rows. None is all of it.
+def _count(jaxpr: Jaxpr, shares: dict[Any, float], times: float, experts: bool) -> tuple[float, list[float]]:
+    """FLOPs, and of each result the share that counts: of a table's blocks, of an expert's rows. 1 is all of it.
 
     A slice of a table is taken to have the share of the whole, and rows computed from others the share of those.
     """
     total, shares = 0.0, dict(shares)
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        known = [None if isinstance(atom, Literal) else shares.get(atom) for atom in eqn.invars]
-        results = [min((share for share in known if share is not None), default=None)] * len(eqn.outvars)
+        known = [1.0 if isinstance(atom, Literal) else shares.get(atom, 1.0) for atom in eqn.invars]
+        results = [min(known, default=1.0)] * len(eqn.outvars)
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             left = eqn.invars[0].aval.shape
             total += times * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
-            results = [None]
+            results = [1.0]
         elif name == "ragged_dot_general":  # rows times matrices or, in the backward pass, rows times rows
             rows, out = eqn.invars[0].aval, eqn.outvars[0].aval
-            total += experts * times * 2 * rows.size * out.shape[-1] * (1.0 if known[0] is None else known[0])
+            total += experts * times * 2 * rows.size * out.shape[-1] * known[0]
         elif name == "ragged_all_to_all":
             sent, received = (var.aval.shape[0] for var in (eqn.invars[0], eqn.outvars[0]))
-            share = sent / received * (1.0 if known[0] is None else known[0])
-            results = [share if share < 1 else None]
+            results = [min(sent / received * known[0], 1.0)]
         inner = times * eqn.params["length"] if name == "scan" else times
         if name == "pallas_call":
-            visited = known[1] if eqn.params["name"].startswith("splash") else None  # of data_next, block_mask, ...
-            inner *= math.prod(eqn.params["grid_mapping"].grid) * (1.0 if visited is None else visited)
+            visited = known[1] if eqn.params["name"].startswith("splash") else 1.0  # of data_next, block_mask, ...
+            inner *= math.prod(eqn.params["grid_mapping"].grid) * visited
         # The operands of what is inside come last: a branch's index and the constants of a loop's test stand before.
         inside = [
             _count(part, dict(zip(reversed(part.invars), reversed(known), strict=False)), inner, experts)
@@ -95,11 +92,11 @@ def _count(
         flops = [count for count, _ in inside]
         total += max(flops, default=0) if name == "cond" else sum(flops)
         if name == "pallas_call":
-            results = [None] * len(eqn.outvars)
+            results = [1.0] * len(eqn.outvars)
         elif len(inside) == 1 and len(inside[0][1]) == len(eqn.outvars):
             results = inside[0][1]
         shares |= dict(zip(eqn.outvars, results, strict=True))
-    return total, [None if isinstance(atom, Literal) else shares.get(atom) for atom in jaxpr.outvars]
+    return total, [1.0 if isinstance(atom, Literal) else shares.get(atom, 1.0) for atom in jaxpr.outvars]
 
 
 COLLECTIVES = {  # of the result's bytes on a device, the share that comes from others, for n devices
