@@ -38,6 +38,7 @@ SMALLEST = [  # of each config; and the next smaller slice, if the state alone w
     ("gemma3_27b", 0, "v6e-16", []),
     ("gemma4_26b", 0, "v6e-16", ["--mesh.expert", "16"]),
     ("gemma4_31b", 0, "v6e-16", ["--gather_ahead", "90"]),
+    ("deepseek2_236b", 0, "v6e-128", ["--mesh.fsdp", "4", "--mesh.expert", "32", *BF16]),
     ("deepseek2_236b", 0, "v5p-64", ["--mesh.expert", "32", *BF16]),
     ("deepseek3_671b", 0, "v5p-256", ["--mesh.expert", "128", *BF16]),
     ("deepseek3_671b", 0, "v5p-128", ["--mesh.expert", "64", *BF16]),
