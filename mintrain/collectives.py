@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
-TILE = 128  # of a TPU's registers
+TILE = 128  # lanes of a TPU's register
 
 
 def _parse(side: str) -> list[tuple[str, tuple[str, ...]]]:
