@@ -20,5 +20,5 @@ config = Config(
     data=Data(seq_len=4096),
     optim=Optim(lr=2e-4, warmup=1000),
     steps=100_000,
-    gather_ahead=48,  # 1.4 GiB less than 90 on v6e-32 at 2048 tokens, as many gathers beside products, less to compile
+    gather_ahead=48,  # 1.4 GiB less than 90 on v6e-32 at 2048 tokens; nearly as many gathers beside products
 )
