@@ -12,6 +12,7 @@ from mintrain.config import ConfigError
 # What a hub config leaves out: the defaults of the config classes of transformers 5.23.
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, rms_norm_eps=1e-6)
 GEMMA = dict(HEADS, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
+GEMMA4 = dict(GEMMA, vocab_size=262_144, sliding_window=512, global_head_dim=512)
 DEEPSEEK = dict(
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
@@ -39,7 +40,8 @@ DEFAULTS = {
         final_logit_softcapping=30.0,
     ),
     "gemma3": dict(GEMMA, vocab_size=262_208, sliding_window=4096, rope_theta=1e6),
-    "gemma4": dict(GEMMA, vocab_size=262_144, sliding_window=512, global_head_dim=512, hidden_size_per_layer_input=256),
+    "gemma4": dict(GEMMA4, hidden_size_per_layer_input=256),
+    "gemma4_unified": dict(GEMMA4, hidden_size_per_layer_input=0),  # 12B: Gemma 4 with other towers beside the text
     "deepseek_v2": dict(
         DEEPSEEK,
         n_shared_experts=2,
@@ -53,12 +55,19 @@ DEFAULTS = {
     "deepseek_v3": DEEPSEEK,
     "deepseek_v32": dict(DEEPSEEK, index_topk=2048, index_n_heads=64, index_head_dim=128),
 }
-READ = {  # the values of switches that this decoder computes; others would load and give other numbers
+# The values of switches that this decoder computes; others would load and give other numbers. A key of the other family
+# has no effect there: each Gemma 2 of the hub names `hidden_act` too, and its MLP reads `hidden_activation`.
+GEMMA_READ = {
     "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": (None, False, "vision"),
+}
+DEEPSEEK_READ = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "use_bidirectional_attention": (None, False, "vision"),
+    "tie_word_embeddings": (False,),
     "rope_interleave": (True,),
     "moe_layer_freq": (1,),
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
@@ -72,8 +81,8 @@ def model_config(hf: dict[str, Any]) -> config.Model:
     family = str(hf.get("model_type")).removesuffix("_text")
     if family not in DEFAULTS:
         raise ConfigError(f"model_type={hf.get('model_type')!r} is not read; use {', '.join(DEFAULTS)}")
-    hf = {**DEFAULTS[family], **hf}
-    for name, allowed in {**READ, "tie_word_embeddings": (family.startswith("gemma"),)}.items():
+    hf, family = {**DEFAULTS[family], **hf}, family.removesuffix("_unified")
+    for name, allowed in (GEMMA_READ if family.startswith("gemma") else DEEPSEEK_READ).items():
         if name in hf and hf[name] not in allowed:
             raise ConfigError(
                 f"{name}={hf[name]!r} in config.json is not read; only {' or '.join(map(repr, allowed))} is"

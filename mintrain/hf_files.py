@@ -55,15 +55,22 @@ class Tensor:
 
 def read_headers(folder: Path) -> tuple[config.Model, dict[str, Tensor]]:
     """What `config.json` describes, with the layers of multi-token prediction that the files hold, and the tensors."""
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        cfg = model_config(json.loads((folder / "config.json").read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder / 'config.json'} is not JSON: {error}; download it again") from error
-    found = tensors(folder)
+    cfg, found = read_config(folder), tensors(folder)
     joins = [name for name in text_names(list(found)) if name.endswith(".eh_proj.weight")]
     return replace(cfg, mtp=cfg.layers[-1:] * len(joins)), found
+
+
+def read_config(folder: Path) -> config.Model:
+    """What `config.json` describes, with as many layers of multi-token prediction as it names."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        hf = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}; download it again") from error
+    cfg = model_config(hf)
+    return replace(cfg, mtp=cfg.layers[-1:] * (hf.get("num_nextn_predict_layers") or 0))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from jaxtyping import TypeCheckError
 
 from mintrain.config import Config, ConfigError, Data, Optim
-from mintrain.hf_files import read_headers
+from mintrain.hf_files import read_config, read_headers
 from mintrain.tokenizer import tokenizer_of
 
 T = TypeVar("T")
@@ -50,14 +50,13 @@ def load(argv: list[str]) -> tuple[Config, str, str]:
         argv.remove("--fit")
         action = "fit"
     path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else DEFAULT
-    config = parse(Config, argv, read(path))
+    look = action not in ("train", "distributed")
+    config = parse(Config, argv, released(path, look) if path.is_dir() else read(path))
     name = path.resolve().name if path.is_dir() else path.stem
     return dataclasses.replace(config, run=config.run or name), action, slice_
 
 
 def read(path: Path) -> Config:
-    if path.is_dir():
-        return released(path)
     if not path.is_file() or path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path} is not a config; give a .py file that defines `config`, or a run's config.json")
     try:
@@ -77,12 +76,16 @@ def read(path: Path) -> Config:
     return config
 
 
-def released(folder: Path) -> Config:
-    """The config that trains on from a Hugging Face folder, with its tokenizer and at a low learning rate."""
-    model, _ = read_headers(folder)
-    return Config(
-        model, data=Data(tokenizer=tokenizer_of(folder), seq_len=1024), optim=Optim(lr=1e-5), init_from=str(folder)
-    )
+def released(folder: Path, look: bool) -> Config:
+    """The config that trains on from a Hugging Face folder, with its tokenizer and at a low learning rate.
+
+    look: nothing is trained, so `config.json` alone will do.
+    """
+    if look and not any(folder.glob("*.safetensors*")):
+        model, tokenizer = read_config(folder), "bytes"
+    else:
+        (model, _), tokenizer = read_headers(folder), tokenizer_of(folder)
+    return Config(model, data=Data(tokenizer=tokenizer, seq_len=1024), optim=Optim(lr=1e-5), init_from=str(folder))
 
 
 def parse(

@@ -5,12 +5,16 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from mintrain import check, config, costs, hf_config, options
+from mintrain.arrays import weights
+from mintrain.model import LM
 
 HERE = Path(__file__).parent
 RELEASED = json.loads((HERE / "real_configs.json").read_text())
+HUB = json.loads((HERE / "hub_configs.json").read_text())  # config files of the hub, whole, and the parameters
 FILES = sorted((HERE.parent / "configs").glob("*.py"))
 
 
@@ -77,6 +81,18 @@ def test_the_whole_step_of_a_released_model_traces_and_has_exactly_the_published
     for line, count in lines.items():
         assert re.search(rf"^{line} +{count:,}$", report, re.MULTILINE), line
     assert "every declared shape and dtype holds" in report
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_config_of_the_hub_alone_in_its_folder_is_read_and_has_exactly_the_published_parameters(name, tmp_path):
+    """Before the weights are there; training needs them."""
+    (tmp_path / "config.json").write_text(json.dumps(HUB[name]["config"]))
+    cfg, action, _ = options.load([str(tmp_path), "--check"])
+    shapes = jax.eval_shape(lambda: LM.init(dataclasses.replace(cfg.model, mtp=()), "bfloat16", key=jax.random.key(0)))
+    assert sum(w.value.size for w in weights(shapes) if not w.buffer) == HUB[name]["total"]
+    assert action == "check" and bool(cfg.model.mtp) == ("DeepSeek-V3" in name or "R1" in name)
+    with pytest.raises(config.ConfigError, match=r"has no model"):
+        options.load([str(tmp_path)])
 
 
 def test_flops_are_counted_through_scans_and_devices():
