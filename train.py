@@ -2,27 +2,21 @@
 
 From here to the mathematics: make_train_step (mintrain/step.py) -> next_token_loss (loss.py) -> LM (model.py).
 On many hosts the same program runs on each (mintrain/hosts.py): all do the same, and the first one prints and writes.
-Exit codes: 0 done; 1 crashed or not finite; 2 the config or the data is wrong; 75 told to stop, saved, run again.
+Exit codes: 0 done; 1 crashed or not finite; 2 the config or the data is wrong; 75 told to stop, saved, run again;
+130 and 143: Ctrl-C or SIGTERM before there was anything to save.
 """
 
+import os
 import signal
 import sys
 import time
 
 START = time.perf_counter()
-stop_requested = False
+STOPS = (signal.SIGINT, signal.SIGTERM)
+# Until there is something to save, both end the program at once, also inside a compiler, where no Python runs.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-
-def request_stop(number: int, _) -> None:
-    """SIGTERM or Ctrl-C: the loop saves at the next step boundary. A second one kills."""
-    global stop_requested
-    stop_requested = True
-    signal.signal(number, signal.SIG_DFL)
-
-
-signal.signal(signal.SIGTERM, request_stop)
-signal.signal(signal.SIGINT, request_stop)
-
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from functools import partial  # noqa: E402
 
 import jax  # noqa: E402
@@ -34,6 +28,16 @@ from mintrain.data import Stream, heldout_batches, load_data, train_batch  # noq
 from mintrain.tokenizer import Tokenizer  # noqa: E402
 
 IMPORTED = time.perf_counter()
+stop_requested = False
+
+
+def request_stop(number: int, _) -> None:
+    """SIGTERM or Ctrl-C while there is a state: the loop saves at the next step boundary. A second one kills."""
+    global stop_requested
+    stop_requested = True
+    signal.signal(number, signal.SIG_DFL)
+    said = "told to stop: what is being compiled or evaluated ends first, then the run saves; a second time ends it now"
+    os.write(2, f"{said}\n".encode())  # print may be in the middle of a line
 
 
 def train(cfg: Config) -> int:
@@ -45,6 +49,8 @@ def train(cfg: Config) -> int:
         abstract, shapes = step.abstract_state(cfg, mesh), step.abstract_batch(cfg, mesh)
         sharding.validate(cfg.mesh, abstract.model)
         text, heldout, tokenizer = load_data(cfg)
+    for number in STOPS:
+        signal.signal(number, request_stop)
     if checkpoints.latest is not None:
         state = checkpoints.restore(abstract)
     else:
@@ -120,7 +126,8 @@ def compile_steps(
     forms = (False, True) if cfg.watch_every else (False,)
     traced = {watched: step.make_train_step(cfg, mesh, watched).trace(state, batch) for watched in forms}
     traced_at = time.perf_counter()
-    compiled = {watched: one.lower().compile() for watched, one in traced.items()}
+    with ThreadPoolExecutor(1) as beside:  # this thread hears signals meanwhile
+        compiled = {watched: beside.submit(one.lower().compile).result() for watched, one in traced.items()}
     print(
         f"import {IMPORTED - START:.1f}s  data and state {ready - IMPORTED:.1f}s  "
         f"trace {traced_at - ready:.1f}s  compile {time.perf_counter() - traced_at:.1f}s"

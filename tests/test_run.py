@@ -27,8 +27,6 @@ def fresh(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mintrain.data.CACHE", tmp_path_factory.getbasetemp() / "tokens")
     monkeypatch.setattr(train, "stop_requested", False)
-    yield
-    signal.signal(signal.SIGTERM, train.request_stop)
 
 
 def records(run: str = "tiny_run") -> list[dict]:
@@ -91,7 +89,6 @@ def test_a_finished_run_is_left_as_it_is(unbroken, capsys):
 
 PLACES = {
     "before the state": ("mintrain.step.new_state", lambda *args: True),
-    "compiling": ("train.compile_steps", lambda *args: True),
     "training": ("train.train_batch", lambda *args: args[2] == 3),
     "evaluation": ("train.heldout_batches", lambda *args: True),
     "sampling": ("mintrain.generate.generate", lambda *args: True),
@@ -110,6 +107,35 @@ def test_told_to_stop_it_saves_exits_75_and_goes_on_as_if_nothing_had_happened(p
     monkeypatch.setattr(train, "stop_requested", False)
     assert train.main([CONFIG]) == 0
     assert losses() == unbroken[0]
+
+
+def test_told_to_stop_while_it_compiles_it_says_so_at_once_and_saves(unbroken, monkeypatch, capfd):
+    compile = jax.stages.Lowered.compile
+
+    def interrupted(lowered):
+        stop()
+        deadline = time.monotonic() + 30
+        while not train.stop_requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "told to stop: " in capfd.readouterr().err
+        return compile(lowered)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", interrupted)
+    assert train.main([CONFIG]) == 75
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second time kills
+
+
+@pytest.mark.parametrize("number", train.STOPS, ids=lambda number: number.name)
+@pytest.mark.parametrize("action", ["--check", "--help", ""])
+def test_with_nothing_to_save_a_first_signal_ends_it_at_once(number, action, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "gemma4_31b.py"), *action.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)  # it imports JAX
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -number  # a shell says 128 + number
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert train.main([CONFIG, "--steps", "2", "--sample_tokens", "0", "--eval_batches", "1"]) == 0
-    signal.signal(signal.SIGTERM, train.request_stop)
     return folder / "runs"
 
 
