@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
 HOLDS = ("jaxpr", "call_jaxpr", "body_jaxpr", "branches")  # parameters of an equation that hold what it runs
@@ -104,7 +104,7 @@ def _inside(eqn, taints: list[Any], found: set[Finding], kernel: str) -> list[Ta
     """Through an equation that holds programs. Loops are walked until nothing new comes back around."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        fixed, carried = params["num_consts"], params["num_carry"]
+        fixed, carried = scan_sides(eqn)
         while True:
             outputs = _walk(params["jaxpr"].jaxpr, taints, found, kernel)
             joined = [a | b for a, b in zip(taints[fixed : fixed + carried], outputs[:carried], strict=True)]
@@ -130,6 +130,18 @@ def _inside(eqn, taints: list[Any], found: set[Finding], kernel: str) -> list[Ta
     if len(inner.invars) != len(taints):
         raise NotImplementedError(f"the audit does not know how {name} passes its operands on; add it to audit.py")
     return _walk(inner, taints, found, kernel)
+
+
+def scan_sides(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many are the carry; xs follow.
+
+    Read off the ranks, since xs and ys have an axis more outside than inside: the parameters that say it have other
+    names in jax 0.10 and 0.11, and no documentation.
+    """
+    inner = eqn.params["jaxpr"].jaxpr
+    same = lambda outside, inside: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+    carried = same(eqn.outvars, inner.outvars)
+    return same(eqn.invars, inner.invars) - carried, carried
 
 
 def _kernel(eqn, taints: list[Taint], found: set[Finding]) -> list[Taint]:

@@ -79,7 +79,10 @@ def carrier_shapes(trained: LM) -> list[PyTree]:
 
 
 def zeros(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), shapes)
+    """Zeros laid out as `shapes` say. From jax 0.11 on `jnp.zeros(out_sharding=...)` forgets the layout in a jit that
+    runs outside `jax.set_mesh`; `reshard` takes the mesh from the layout.
+    """
+    return jax.tree.map(lambda x: jax.sharding.reshard(jnp.zeros(x.shape, x.dtype), x.sharding), shapes)
 
 
 def carry(model: LM, carriers: list[PyTree]) -> LM:

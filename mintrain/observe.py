@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32
 
+from mintrain.audit import scan_sides
+
 INLINE = ("jaxpr", "call_jaxpr")  # parameters of an equation that hold what it runs, once
 OPAQUE = {"cond", "while", "pallas_call"}
 LAYERS = {"checkpoint", "remat2", "scan", "shard_map"}
@@ -121,7 +123,7 @@ def _piece(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> G
 
 def _scan(piece: Piece, inputs: list[Seen], scope: str, mesh: Mesh | None) -> Generator[Event, None, list[Seen]]:
     params, inner = piece.equation.params, piece.inner
-    fixed, carried = params["num_consts"], params["num_carry"]
+    fixed, carried = scan_sides(piece.equation)
     constants, carry, xs = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
     cut = [_at(mesh, _spec(mesh, var)) for var in inner.invars[fixed + carried :]]
     order, rows = range(params["length"]), []

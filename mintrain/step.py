@@ -32,10 +32,8 @@ TPU_OPTIONS = {
     "xla_jf_bf16_propagation": "false",
     # What a layer's gradients wait for (carriers.py) they wait for in the schedule too.
     "xla_tpu_aggressive_opt_barrier_removal": "DISABLED",
-    # Weights are gathered while the products before them run, a part in each step of a product's loop,
+    # Weights are gathered while the products before them run,
     "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     # but not so early that they fill the memory (`Config.gather_ahead`).
     "xla_tpu_enable_scheduler_memory_pressure_tracking": "true",
@@ -186,8 +184,8 @@ def make_train_step(
                 narrow, parts = microbatch(micro)
                 return add(total, carriers.wide(*narrow)), parts
 
-            zero = lambda x, s: jnp.zeros(x.shape, x.dtype, out_sharding=s)
-            total, parts = jax.lax.scan(accumulate, jax.tree.map(zero, trained, named(mesh, layouts)), batch)
+            zeros = carriers.zeros(eqx.filter(abstract.model, which))
+            total, parts = jax.lax.scan(accumulate, zeros, batch)
             narrow = total, carriers.layers(total)
             loss, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
             report = replace(report, seen=watch.over_microbatches(parts[1].seen))

@@ -40,6 +40,7 @@ BESIDE = {
     "chat": {"tokenizer"},
     "data": {"chat", "tokenizer"},
     "generate": {"chat", "load", "options"},
+    "observe": {"audit"},
     "numerics": {"checkpoint", "observe", "options", "study"},
     "study": {"audit", "data"},
 }
