@@ -1,5 +1,7 @@
 """Attention a block of queries at a time against the plain form: the same values and gradients, whatever the blocks."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +61,15 @@ def compare(monkeypatch, dtype: str, block: int, length: int, first: int, seq: i
     return errors[0], max(errors[1:]), calls[0]
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
-@pytest.mark.parametrize("length, first, seq", [(29, 0, 29), (32, 16, 8), (27, 18, 9)])
-@pytest.mark.parametrize("order", [True, False])
+WINDOWS, PARTS = (None, 1, 3, 7, 100), ((29, 0, 29), (32, 16, 8), (27, 18, 9))
+# Each window with each part; with order and cap such that every pair of two of the four choices is there.
+PAIRWISE = [
+    ((w + p) % 2 == 0, *part, window, (None, 1.5)[(p + w // 2) % 2])
+    for (w, window), (p, part) in product(enumerate(WINDOWS), enumerate(PARTS))
+]
+
+
+@pytest.mark.parametrize("order, length, first, seq, window, softcap", PAIRWISE)
 def test_blocks_give_the_plain_forms_values_and_gradients(monkeypatch, order, length, first, seq, window, softcap):
     for rows in (1, 4):
         reach = min(length, 2 * window) if window and order else length

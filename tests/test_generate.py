@@ -37,21 +37,22 @@ def test_greedy_tokens_are_those_of_transformers_alone_in_a_batch_and_on_a_mesh(
     ids, expected = reference["input_ids"], reference["greedy.tokens"]
     prompts = [*ids.tolist(), ids[0, 30:].tolist(), ids[1, :25].tolist()]
     model = load_hf(folder)
-    alone = [continued(model, [prompt]) for prompt in prompts]
-    np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in alone[:2]]), expected)
-    for prompt, (tokens, ours) in zip(prompts, alone, strict=True):
-        text = np.zeros((1, 48 + NEW), np.int32)
-        text[0, : len(prompt) + NEW] = [*prompt, *tokens[0]]
-        uncached = logits(model, text)[0, len(prompt) - 1 : len(prompt) + NEW - 1]
-        np.testing.assert_allclose(ours[0], uncached, rtol=0, atol=1e-4)
+    alone = [continued(model, [prompt]) for prompt in prompts[1:3]]
 
     monkeypatch.setattr(generate, "CHUNK", 20)
     one_key_head = name.startswith("gemma4")  # which `tensor` cannot split
-    together, ours = continued(
-        load_hf(folder, mesh=Mesh(fsdp=2, **{"context" if one_key_head else "tensor": 2})), prompts
-    )
-    np.testing.assert_array_equal(together, np.concatenate([tokens for tokens, _ in alone]))
-    np.testing.assert_allclose(ours, np.concatenate([x for _, x in alone]), rtol=0, atol=1e-4)
+    mesh = Mesh(fsdp=2, **{"context" if one_key_head else "tensor": 2})
+    tokens, ours = continued(load_hf(folder, mesh=mesh), prompts)
+    np.testing.assert_array_equal(tokens[:2], expected)
+    np.testing.assert_array_equal(tokens[1:3], np.concatenate([tokens for tokens, _ in alone]))
+    np.testing.assert_allclose(ours[1:3], np.concatenate([x for _, x in alone]), rtol=0, atol=1e-4)
+
+    text = np.zeros((4, 48 + NEW), np.int32)
+    for row, prompt, made in zip(text, prompts, tokens, strict=True):
+        row[: len(prompt) + NEW] = [*prompt, *made]
+    uncached = np.asarray(logits(model, text))
+    for row, prompt, cached in zip(uncached, prompts, ours, strict=True):
+        np.testing.assert_allclose(cached, row[len(prompt) - 1 : len(prompt) + NEW - 1], rtol=0, atol=1e-4)
 
 
 def test_a_window_keeps_a_ring_and_a_layer_that_shares_keeps_nothing():
