@@ -4,14 +4,25 @@ Field types are checked when a config is made; rules between fields are in `__po
 mesh meets the model, in `sharding.validate`. Everything that a user can get wrong raises `ConfigError`.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
+from jaxtyping import TypeCheckError
 
 
 class ConfigError(ValueError):
     """One line for the person who made the mistake: the field, the value, the remedy. Exit code 2."""
+
+
+def wrong_type(error: TypeCheckError) -> str:
+    """The field, the value and the declared type, in one line."""
+    field = re.search(r"parameter '(\w+)'.\n?Actual value: (.*)\nExpected type: (.*)", str(error))
+    if field is None:
+        return str(error).splitlines()[0]
+    declared = re.sub(r"<class '(.*)'>", r"\1", field[3].rstrip("."))
+    return f"{field[1]}={field[2]} is not of type {declared}"
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -27,6 +38,8 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float = 1.0  # both also scale the attention logits; layers/rope.py
     mscale_all_dim: float = 1.0
+    attention_factor: float | None = None  # instead of what `mscale` and `mscale_all_dim` make; the logits' stays
+    truncate: bool = True  # the ramp begins and ends at whole dims
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ The other spelling is that of transformers 5, which for example gives each layer
 from dataclasses import replace
 from typing import Any
 
+from jaxtyping import TypeCheckError
+
 from mintrain import config
-from mintrain.config import ConfigError
+from mintrain.config import ConfigError, wrong_type
+from mintrain.hf_rope import deepseek_rope, from_rope, gemma_rope
 
 # What a hub config leaves out: the defaults of the config classes of transformers 5.23.
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, rms_norm_eps=1e-6)
@@ -18,6 +21,7 @@ DEEPSEEK = dict(
     tie_word_embeddings=False,
     hidden_act="silu",
     rope_theta=1e4,
+    max_position_embeddings=4096,
     n_shared_experts=1,
     n_group=8,
     topk_group=4,
@@ -48,12 +52,15 @@ DEFAULTS = {
         n_group=1,
         topk_group=1,
         topk_method="greedy",
+        max_position_embeddings=2048,
         norm_topk_prob=False,
         routed_scaling_factor=1.0,
         first_k_dense_replace=0,
     ),
     "deepseek_v3": DEEPSEEK,
-    "deepseek_v32": dict(DEEPSEEK, index_topk=2048, index_n_heads=64, index_head_dim=128),
+    "deepseek_v32": dict(
+        DEEPSEEK, index_topk=2048, index_n_heads=64, index_head_dim=128, max_position_embeddings=163_840
+    ),
 }
 # The values of switches that this decoder computes; others would load and give other numbers. A key of the other family
 # has no effect there: each Gemma 2 of the hub names `hidden_act` too, and its MLP reads `hidden_activation`.
@@ -89,8 +96,14 @@ def model_config(hf: dict[str, Any]) -> config.Model:
             )
     try:
         return _deepseek(hf, family) if family.startswith("deepseek") else _gemma(hf, family)
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"config.json has no {error.args[0]}; add it") from error
+    except TypeCheckError as error:
+        raise ConfigError(f"config.json describes no model: {wrong_type(error)}; download it again") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"config.json describes no model: {error}; download it again") from error
 
 
 def _gemma(hf: dict[str, Any], family: str) -> config.Model:
@@ -113,7 +126,8 @@ def _kinds(hf: dict[str, Any], family: str) -> list[str]:
             raise ConfigError(
                 f"layer_types in config.json names {len(kinds)} layers, num_hidden_layers={count}; mend one"
             )
-        return kinds
+        # transformers makes the last layer of a Gemma 4 global whatever the file says.
+        return [*kinds[:-1], "full_attention"] if family == "gemma4" else kinds
     period = 2 if family == "gemma2" else hf.get("sliding_window_pattern") or 6
     kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
     return [*kinds[:-1], "full_attention"] if family == "gemma4" else kinds
@@ -149,7 +163,7 @@ def _gemma_layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.L
             kv_heads=kv_heads,
             head_dim=head,
             scale=1.0 if family == "gemma4" else hf["query_pre_attn_scalar"] ** -0.5,
-            rope=_gemma_rope(hf, family, kind),
+            rope=gemma_rope(hf, family, kind),
             window=None if full else hf["sliding_window"],
             softcap=hf.get("attn_logit_softcapping") if family == "gemma2" else None,
             qk_norm=family != "gemma2",
@@ -163,28 +177,6 @@ def _gemma_layer(hf: dict[str, Any], family: str, i: int, kind: str) -> config.L
     )
 
 
-def _gemma_rope(hf: dict[str, Any], family: str, kind: str) -> config.Rope:
-    parameters = hf.get("rope_parameters") or {}
-    rope = parameters.get(kind, parameters)
-    if not rope and family == "gemma3" and kind == "sliding_attention":
-        rope = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}
-    elif not rope:
-        rope = {"rope_theta": hf["rope_theta"], **(hf.get("rope_scaling") or {})}
-    kind = _rope_type(rope, "default", "linear", "proportional")
-    return config.Rope(
-        theta=rope["rope_theta"],
-        factor=rope.get("factor", 1.0),
-        fraction=rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0,
-    )
-
-
-def _rope_type(rope: dict[str, Any], *read: str) -> str:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in read:
-        raise ConfigError(f"rope_type={kind!r} is not read; use {' or '.join(read)}")
-    return kind
-
-
 def _deepseek(hf: dict[str, Any], family: str) -> config.Model:
     indexer = None
     if family == "deepseek_v32":
@@ -196,7 +188,7 @@ def _deepseek(hf: dict[str, Any], family: str) -> config.Model:
         nope=hf["qk_nope_head_dim"],
         rope_dim=hf["qk_rope_head_dim"],
         v=hf["v_head_dim"],
-        rope=_deepseek_rope(hf),
+        rope=deepseek_rope(hf),
         indexer=indexer,
     )
     v2 = family == "deepseek_v2"
@@ -226,23 +218,6 @@ def _deepseek(hf: dict[str, Any], family: str) -> config.Model:
         norm_eps=hf["rms_norm_eps"],
         embed_scale=False,
         tied=False,
-    )
-
-
-def _deepseek_rope(hf: dict[str, Any]) -> config.Rope:
-    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf["rope_theta"]}
-    if _rope_type(rope, "default", "yarn") == "default":
-        return config.Rope(theta=rope["rope_theta"])
-    return config.Rope(
-        theta=rope["rope_theta"],
-        yarn=config.Yarn(
-            factor=rope["factor"],
-            original=rope["original_max_position_embeddings"],
-            beta_fast=rope.get("beta_fast") or 32.0,
-            beta_slow=rope.get("beta_slow") or 1.0,
-            mscale=rope.get("mscale") or 0.0,
-            mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
-        ),
     )
 
 
@@ -296,7 +271,7 @@ def _to_gemma(model: config.Model) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "attention_bias": False,
     }
-    ropes = {"sliding_attention": _to_rope(local.rope), "full_attention": _to_rope((globe or local).rope)}
+    ropes = {"sliding_attention": from_rope(local.rope), "full_attention": from_rope((globe or local).rope)}
     if family != "gemma4":
         hf["query_pre_attn_scalar"] = _whole(round(local.scale**-2, 6))
         hf["attn_logit_softcapping"] = local.softcap
@@ -322,25 +297,12 @@ def _whole(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _to_rope(rope: config.Rope) -> dict[str, Any]:
-    if rope.fraction != 1:
-        return {"rope_type": "proportional", "rope_theta": rope.theta, "partial_rotary_factor": rope.fraction}
-    if rope.factor != 1:
-        return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
-    return {"rope_type": "default", "rope_theta": rope.theta}
-
-
 def _to_deepseek(model: config.Model) -> dict[str, Any]:
     mla = model.layers[0].attention
     first = next((i for i, layer in enumerate(model.layers) if layer.moe), len(model.layers))
     moe, shared = model.layers[first].moe, model.layers[first].mlp
     family = "deepseek_v32" if mla.indexer else "deepseek_v3" if moe.score == "sigmoid" else "deepseek_v2"
-    yarn = mla.rope.yarn
-    rope = {"rope_type": "default", "rope_theta": mla.rope.theta}
-    if yarn is not None:
-        rope |= {"rope_type": "yarn", "factor": yarn.factor, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow}
-        rope |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
-        rope |= {"original_max_position_embeddings": yarn.original}
+    yarn, rope = mla.rope.yarn, from_rope(mla.rope)
     names = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "deepseek_v32": "DeepseekV32"}
     hf = {
         "architectures": [f"{names[family]}ForCausalLM"],

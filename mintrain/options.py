@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxtyping import TypeCheckError
 
-from mintrain.config import Config, ConfigError, Data, Optim
+from mintrain.config import Config, ConfigError, Data, Optim, wrong_type
 from mintrain.hf_files import read_config, read_headers
 from mintrain.tokenizer import tokenizer_of
 
@@ -64,9 +64,7 @@ def read(path: Path) -> Config:
             return from_json(json.loads(path.read_text()))
         config = runpy.run_path(str(path)).get("config")
     except TypeCheckError as error:
-        field = re.search(r"parameter '(\w+)'.\n?Actual value: (.*)\nExpected type: (.*)", str(error))
-        line = f"{field[1]}={field[2]} is not of type {field[3]}" if field else str(error).splitlines()[0]
-        raise ConfigError(f"{path}: {line}") from error
+        raise ConfigError(f"{path}: {wrong_type(error)}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}; mend it or use another") from error
     except (TypeError, NameError, SyntaxError, ImportError) as error:

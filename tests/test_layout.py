@@ -28,6 +28,7 @@ ROWS = (  # a file imports from the rows above its own, never from a later one
 # All other files stand beside the path from the command line to the mathematics. They import from the rows above, and
 # from one another only this:
 BESIDE = {
+    "hf_config": {"hf_rope"},
     "hf_files": {"hf_config", "hf_names"},
     "options": {"hf_files", "tokenizer"},
     "metrics": {"options"},

@@ -24,8 +24,10 @@ def frequencies(rope: config.Rope, head: int) -> np.ndarray:
     frequency[int(rope.fraction * head // 2) :] = 0.0
     if yarn := rope.yarn:
         dim = lambda turns: head * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-        low, high = max(math.floor(dim(yarn.beta_fast)), 0), min(math.ceil(dim(yarn.beta_slow)), head - 1)
-        ramp = np.clip((np.arange(head // 2) - low) / max(high - low, 1e-3), 0, 1)
+        low, high = dim(yarn.beta_fast), dim(yarn.beta_slow)
+        low, high = (math.floor(low), math.ceil(high)) if yarn.truncate else (low, high)
+        low, high = max(low, 0), min(high, head - 1)
+        ramp = np.clip((np.arange(head // 2) - low) / ((high - low) or 1e-3), 0, 1)
         frequency *= 1 - ramp + ramp / yarn.factor
     return frequency.astype(np.float32)
 
@@ -38,6 +40,8 @@ def rotation_factor(rope: config.Rope) -> float:
     """What yarn multiplies rotated queries and keys with: 1 in all released models."""
     if rope.yarn is None:
         return 1.0
+    if rope.yarn.attention_factor is not None:
+        return rope.yarn.attention_factor
     if not (rope.yarn.mscale and rope.yarn.mscale_all_dim):
         return _magnitude(rope.yarn, 1.0)
     return _magnitude(rope.yarn, rope.yarn.mscale) / _magnitude(rope.yarn, rope.yarn.mscale_all_dim)
