@@ -7,7 +7,7 @@ ends them. Each piece is encoded by itself, as it will be when the model has to 
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,11 +97,20 @@ def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
 
 
-def pack(examples: Iterable[Example], length: int, bos: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows of `length` tokens, of whole examples one after the other, filled up with `bos`, which counts for nothing.
+class Packed(NamedTuple):
+    """Rows of whole examples, one row after the other, and one more place at the end."""
 
-    An example goes to the first row that has room among the last 64. Returns the ids with one `bos` at their end, which
-    of them count, and the number of examples that were cut to `length`.
+    ids: np.ndarray  # token ids; padding is 0
+    counts: np.ndarray  # 1 for what is a target
+    segments: np.ndarray  # the example's number in its row, from 1; padding is 0
+    cut: int  # examples that were cut to the length of a row
+
+
+def pack(examples: Iterable[Example], length: int) -> Packed:
+    """Pack examples into rows of `length` tokens. What they do not fill is padding, which counts for nothing.
+
+    First fit: an example goes to the first row that has room among the last 64. One of which no answer is within
+    `length` is left out.
     """
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
     used: list[int] = []
@@ -117,9 +126,12 @@ def pack(examples: Iterable[Example], length: int, bos: int) -> tuple[np.ndarray
             used.append(0)
         rows[at].append(part)
         used[at] += len(part[0])
-    ids, counts = np.full(len(rows) * length + 1, bos, np.uint32), np.zeros(len(rows) * length + 1, np.uint8)
+    size = len(rows) * length + 1
+    packed = Packed(np.zeros(size, np.uint32), np.zeros(size, np.uint8), np.zeros(size, np.uint16), cut)
     for i, row in enumerate(rows):
-        for target, part in zip((ids, counts), zip(*row, strict=True), strict=True):
-            joined = np.concatenate(part)
-            target[i * length : i * length + len(joined)] = joined
-    return ids, counts, cut
+        start = i * length
+        for number, (ids, counts) in enumerate(row, 1):
+            here = slice(start, start + len(ids))
+            packed.ids[here], packed.counts[here], packed.segments[here] = ids, counts, number
+            start += len(ids)
+    return packed

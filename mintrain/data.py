@@ -34,7 +34,9 @@ class Stream:
     vocab: int
     bos: int
     bytes_per_token: float | None  # of the text; None where it is unknown (.bin) or does not count as a whole (chats)
-    counts: np.ndarray | None = None  # 1 for tokens of answers: these alone are targets, and rows are not cut elsewhere
+    # Of packed chats, whose rows are not cut elsewhere:
+    counts: np.ndarray | None = None  # 1 for tokens of answers, which alone are targets
+    segments: np.ndarray | None = None  # the example's number in its row; 0 is padding
 
     def row(self, start: int, length: int) -> tuple[np.ndarray, ...]:
         """tokens, targets, positions, segments and weights of `length` tokens from `start`.
@@ -51,15 +53,20 @@ class Stream:
         window = np.pad(window, (0, length + 1 - len(window)))
         tokens, targets = window[:-1], window[1:]
         place = np.arange(length)
-        starts = tokens == self.bos
+        if self.segments is None:
+            starts = tokens == self.bos
+            segments = np.where(place < real, 1 + np.cumsum(starts), 0)
+        else:
+            segments = self.segments[start : start + real]
+            segments = np.pad(segments, (0, length - len(segments)))
+            starts = np.diff(segments, prepend=0) != 0
         first = np.maximum.accumulate(np.where(starts, place, 0))
-        inside = place < real
         return (
             tokens,
             targets,
-            np.where(inside, place - first, 0).astype(np.int32),
-            np.where(inside, 1 + np.cumsum(starts), 0).astype(np.int32),
-            (inside * self._counted(start, length)).astype(np.float32),
+            np.where(segments > 0, place - first, 0).astype(np.int32),
+            segments.astype(np.int32),
+            ((segments > 0) * self._counted(start, length)).astype(np.float32),
         )
 
     def _counted(self, start: int, length: int) -> np.ndarray:
@@ -118,10 +125,15 @@ def _open(path: Path, tokenizer: Tokenizer, length: int) -> Stream:
             )
         return stream
     if kinds[-1] == ".jsonl" and {"messages", "prompt"} & next(_records(path), (0, {}))[1].keys():
-        ids, counts, cut = chat.pack(_examples(path, tokenizer), length, tokenizer.bos)
-        if cut:
-            print(f"{path}: {cut} examples are longer than data.seq_len={length}, what is beyond is not trained on")
-        return Stream(str(path), ids, tokenizer.vocab, tokenizer.bos, None, counts)
+        packed = chat.pack(_examples(path, tokenizer), length)
+        if len(packed.ids) == 1:
+            longer = "; use a larger one" if packed.cut else ""
+            raise ConfigError(f"data.path={path}: no answer begins within data.seq_len={length}{longer}")
+        if packed.cut:
+            print(f"{path}: {packed.cut} examples are longer than data.seq_len={length}, the rest is not trained on")
+        return Stream(
+            str(path), packed.ids, tokenizer.vocab, tokenizer.bos, None, counts=packed.counts, segments=packed.segments
+        )
     stat = path.stat()
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.fingerprint} {tokenizer.bos}"
     cached = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -211,7 +223,7 @@ def _split(stream: Stream, fraction: float, length: int) -> tuple[Stream, Stream
             raise ConfigError(
                 f"{stream.name} fills one row of data.seq_len={length}; give more, or a data.heldout_path"
             )
-        part = lambda at: replace(stream, ids=stream.ids[at], counts=stream.counts[at])
+        part = lambda at: replace(stream, ids=stream.ids[at], counts=stream.counts[at], segments=stream.segments[at])
         return part(slice(cut * length + 1)), part(slice(cut * length, None))
     cut = total - round(fraction * total)
     if not 0 < cut < total:

@@ -15,12 +15,14 @@ import tiny
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
-from mintrain import arrays, chat, data, generate, hf, load, load_hf, logits, lora, sharding, step
+from mintrain import arrays, chat, data, generate, hf, load, load_hf, logits, lora, loss, sharding, step
 from mintrain.checkpoint import load_run
-from mintrain.config import Config, ConfigError, Lora, Mesh
+from mintrain.config import Config, ConfigError, Data, Lora, Mesh
 from mintrain.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -144,19 +146,64 @@ def test_a_template_that_cannot_be_used_is_an_error(tokenizer):
 def test_packing_keeps_every_example_whole_in_one_row(sizes, length):
     """Example i is bos and i + 1 again and again: first what it reads, then what it answers."""
     examples = [([0] + [i + 1] * (a + b - 1), [False] * a + [True] * b) for i, (a, b) in enumerate(sizes)]
-    ids, counts, cut = chat.pack(examples, length, 0)
-    assert cut == sum(len(e[0]) > length for e in examples) and ids[-1] == counts[-1] == 0
-    rows, marks = ids[:-1].reshape(-1, length), counts[:-1].reshape(-1, length)
-    kept = [i for i, (_, c) in enumerate(examples) if any(c[:length])]
-    for i in kept:
-        wanted, counted = (part[:length] for part in examples[i])
-        places = [(r, c) for r, c in zip(*np.nonzero(rows == i + 1), strict=True)]
-        if places:  # not only bos
-            r, c = places[0][0], places[0][1] - 1
-            assert rows[r, c : c + len(wanted)].tolist() == wanted
-            assert marks[r, c : c + len(wanted)].tolist() == counted
-    assert counts.sum() == sum(sum(examples[i][1][:length]) for i in kept)
-    assert (ids != 0).sum() == sum(len(examples[i][0][:length]) - 1 for i in kept)
+    ids, counts, segments, cut = chat.pack(examples, length)
+    assert cut == sum(len(e[0]) > length for e in examples) and ids[-1] == counts[-1] == segments[-1] == 0
+    rows, marks, parts = (x[:-1].reshape(-1, length) for x in (ids, counts, segments))
+    packed = [
+        (row[part == n].tolist(), mark[part == n].tolist())
+        for row, mark, part in zip(rows, marks, parts, strict=True)
+        for n in range(1, part.max() + 1)
+    ]
+    kept = [(i[:length], c[:length]) for i, c in examples if any(c[:length])]
+    assert sorted(packed) == sorted(kept)
+    assert not rows[parts == 0].any() and not marks[parts == 0].any()
+    for part in parts:  # from the left, without a hole
+        assert np.all(np.isin(np.diff(part[part > 0]), (0, 1))) and part[: (part > 0).sum()].all()
+
+
+@pytest.mark.parametrize("length", [27, 60], ids=["one a row", "several a row"])
+@pytest.mark.parametrize("case", ["deepseek-v3", "deepseek-v3.2", "gemma4-moe"])
+def test_what_fills_up_packed_chats_counts_nowhere(case, length, tokenizer, tmp_path):
+    """Packed, and each chat in a row that it just fills: the same loads, from which biases move, and the same means.
+
+    The balance loss is one of each row's, so it is compared where rows hold one chat.
+    """
+    answers = ["it is red", "she is green", "he is blue", "one two three", "two", "red"] * 2
+    asked = {"role": "user", "content": "what is the name of a cat dog tree"}
+    lines = [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers]
+    stream = data._open(jsonl(tmp_path / "chats.jsonl", lines), tokenizer, length)
+    model = load_hf(HERE / "cases" / case)
+    examples = [chat.example(tokenizer, line) for line in lines]
+    assert len({len(ids) for ids, _ in examples}) > 1
+
+    def report(rows):
+        arrays = [np.stack(x) for x in zip(*rows, strict=True)]
+        mesh = model.norm.scale.sharding.mesh
+        batch = loss.Batch(*jax.device_put(arrays, NamedSharding(mesh, P(*sharding.BATCH[1:]))))
+        cfg = Config(model.cfg, data=Data(seq_len=arrays[0].shape[1]), per_device_batch_size=len(rows))
+        counts = step.count(batch)
+        return jax.jit(step.sharded_loss(cfg, mesh, model))(model, batch, counts)[1], counts
+
+    packed, counts = report([stream.row(i, length) for i in range(0, len(stream.ids) - 1, length)])
+    assert (len(stream.ids) // length == len(lines)) == (length == 27)
+    assert counts.tokens == sum(len(ids) for ids, _ in examples) and counts.targets == sum(sum(c) for _, c in examples)
+
+    alone = {}  # by length, so that few programs are compiled
+    for ids, marks in examples:
+        n = len(ids)
+        row = np.array(ids), np.array([*ids[1:], 0]), np.arange(n), np.ones(n), np.array([*marks[1:], 0])
+        alone.setdefault(n, []).append([*(x.astype(np.int32) for x in row[:4]), row[4].astype(np.float32)])
+    parts = [report(rows)[0] for rows in alone.values()]
+    total = lambda name: sum(float(getattr(part, name)) for part in parts)
+    for ours, *theirs in zip(packed.load, *(part.load for part in parts), strict=True):
+        if ours is not None:
+            np.testing.assert_array_equal(ours, sum(map(np.asarray, theirs)))
+    np.testing.assert_allclose(packed.nll, total("nll"), rtol=1e-6)
+    assert (packed.indexer_kl is None) == (case != "deepseek-v3.2")
+    if packed.indexer_kl is not None:
+        np.testing.assert_allclose(packed.indexer_kl, total("indexer_kl"), rtol=1e-6)
+    if length == 27 and packed.balance is not None:
+        np.testing.assert_allclose(packed.balance, total("balance"), rtol=1e-6)
 
 
 def test_prompt_tokens_get_no_loss(folder, tokenizer, tmp_path):
