@@ -83,9 +83,10 @@ class Stream:
 def load_data(cfg: Config) -> tuple[Stream, Stream, Tokenizer]:
     """The training stream, the held-out stream and the tokenizer. Raises ConfigError for what cannot be used."""
     tokenizer = load_tokenizer(cfg.data.tokenizer)
-    if tokenizer.vocab > cfg.model.vocab:
+    # Tokens that were added for other towers may have no row here, as Gemma 3's image: a text that has one is refused.
+    if tokenizer.ordinary > cfg.model.vocab:
         raise ConfigError(
-            f"data.tokenizer={cfg.data.tokenizer} has {tokenizer.vocab} tokens, model.vocab={cfg.model.vocab}; "
+            f"data.tokenizer={cfg.data.tokenizer} has {tokenizer.ordinary} tokens, model.vocab={cfg.model.vocab}; "
             "use a config with a vocabulary at least as large"
         )
     if cfg.data.path == "shakespeare":
@@ -93,7 +94,7 @@ def load_data(cfg: Config) -> tuple[Stream, Stream, Tokenizer]:
         paths = [assets / f"shakespeare_{part}.jsonl.xz" for part in ("train", "heldout")]
     else:
         paths = [Path(path) for path in (cfg.data.path, cfg.data.heldout_path) if path]
-    streams = [_open(path, tokenizer, cfg.data.seq_len) for path in paths]
+    streams = [_open(path, tokenizer, cfg.data.seq_len, cfg.model.vocab) for path in paths]
     train, heldout = streams if len(streams) == 2 else _split(*streams, cfg.data.heldout_fraction, cfg.data.seq_len)
     for stream in (train, heldout):
         if len(stream.ids) < cfg.data.seq_len + 1:
@@ -104,8 +105,12 @@ def load_data(cfg: Config) -> tuple[Stream, Stream, Tokenizer]:
     return train, heldout, tokenizer
 
 
-def _open(path: Path, tokenizer: Tokenizer, length: int) -> Stream:
-    """Memory-map the tokens of a file, encoding it first unless that was done before. Chats are packed in memory."""
+def _open(path: Path, tokenizer: Tokenizer, length: int, rows: int | None = None) -> Stream:
+    """Memory-map the tokens of a file, encoding it first unless that was done before. Chats are packed in memory.
+
+    rows: of the model's embedding, by default one for each token; a token beyond them is refused.
+    """
+    rows = tokenizer.vocab if rows is None else rows
     if not path.is_file():
         raise ConfigError(f"data.path={path} is not a file; give a .txt, .jsonl or .bin file")
     kinds = [suffix for suffix in path.suffixes if suffix in (".txt", ".jsonl", ".bin")]
@@ -117,51 +122,60 @@ def _open(path: Path, tokenizer: Tokenizer, length: int) -> Stream:
             raise ConfigError(
                 f"data.path={path} has {path.stat().st_size} bytes, not whole {dtype} tokens; write it again"
             )
-        stream = Stream(str(path), np.memmap(path, dtype, mode="r"), tokenizer.vocab, tokenizer.bos, None)
-        if (largest := stream.ids[:SCAN].max()) >= tokenizer.vocab:
+        vocab = min(tokenizer.vocab, rows)
+        stream = Stream(str(path), np.memmap(path, dtype, mode="r"), vocab, tokenizer.bos, None)
+        if (largest := stream.ids[:SCAN].max()) >= vocab:
             raise ConfigError(
-                f"data.path={path} has token id {largest}, but the vocabulary has {tokenizer.vocab}; "
+                f"data.path={path} has token id {largest}, but the vocabulary has {vocab}; "
                 "use the tokenizer that wrote the file"
             )
         return stream
     if kinds[-1] == ".jsonl" and {"messages", "prompt"} & next(_records(path), (0, {}))[1].keys():
-        packed = chat.pack(_examples(path, tokenizer), length)
+        packed = chat.pack(_examples(path, tokenizer, rows), length)
         if len(packed.ids) == 1:
             longer = "; use a larger one" if packed.cut else ""
             raise ConfigError(f"data.path={path}: no answer begins within data.seq_len={length}{longer}")
         if packed.cut:
             print(f"{path}: {packed.cut} examples are longer than data.seq_len={length}, the rest is not trained on")
-        return Stream(
-            str(path), packed.ids, tokenizer.vocab, tokenizer.bos, None, counts=packed.counts, segments=packed.segments
-        )
+        return Stream(str(path), packed.ids, rows, tokenizer.bos, None, counts=packed.counts, segments=packed.segments)
     stat = path.stat()
-    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.fingerprint} {tokenizer.bos}"
+    identity = f"2 {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {tokenizer.fingerprint} {tokenizer.bos}"
     cached = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if not cached.with_suffix(".json").is_file():
         _encode(path, kinds[-1], tokenizer, dtype, cached)
     size = json.loads(cached.with_suffix(".json").read_text())
     ids = np.memmap(cached.with_suffix(".bin"), dtype, mode="r", shape=(size["tokens"],))
-    return Stream(str(path), ids, tokenizer.vocab, tokenizer.bos, size["bytes"] / size["tokens"])
+    if size["largest"] >= rows:
+        at = int(np.argmax(ids >= rows))
+        document = np.count_nonzero(ids[: at + 1] == tokenizer.bos)
+        raise ConfigError(f"data.path={path} document {document} {_without_row(int(ids[at]), rows)}")
+    return Stream(str(path), ids, rows, tokenizer.bos, size["bytes"] / size["tokens"])
+
+
+def _without_row(token: int, rows: int) -> str:
+    return f"has token id {token}, for which the model has no row (model.vocab={rows}); take it out"
 
 
 def _encode(path: Path, kind: str, tokenizer: Tokenizer, dtype: np.dtype, target: Path) -> None:
     """Write the tokens of `path` and their count. The count comes last: without it the file does not count."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    tokens = size = 0
+    tokens = size = largest = 0
     with temporary.open("wb") as out:
         for text in _documents(path, kind):
             out.write(np.array([tokenizer.bos], dtype).tobytes())
             for ids in tokenizer.encode(list(_pieces(text))):
                 out.write(np.array(ids, dtype).tobytes())
-                tokens += len(ids)
+                tokens, largest = tokens + len(ids), max(largest, max(ids, default=0))
             tokens += 1
             size += len(text.encode())
     if size == 0:
         temporary.unlink()
         raise ConfigError(f"data.path={path} holds no text; give a file with some")
     temporary.rename(target.with_suffix(".bin"))
-    target.with_suffix(".json").write_text(json.dumps({"source": str(path), "tokens": tokens, "bytes": size}))
+    target.with_suffix(".json").write_text(
+        json.dumps({"source": str(path), "tokens": tokens, "bytes": size, "largest": largest})
+    )
 
 
 def _documents(path: Path, kind: str) -> Iterator[str]:
@@ -174,12 +188,15 @@ def _documents(path: Path, kind: str) -> Iterator[str]:
         yield record["text"]
 
 
-def _examples(path: Path, tokenizer: Tokenizer) -> Iterator[chat.Example]:
+def _examples(path: Path, tokenizer: Tokenizer, rows: int) -> Iterator[chat.Example]:
     for number, record in _records(path):
         try:
-            yield chat.example(tokenizer, record)
+            ids, counts = chat.example(tokenizer, record)
+            if max(ids) >= rows:
+                raise ConfigError(_without_row(max(ids), rows))
         except ConfigError as error:
             raise ConfigError(f"data.path={path} line {number} {error}") from error
+        yield ids, counts
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -16,6 +16,7 @@ BOS = ("<|bos|>", "<bos>", "<s>", "<｜begin▁of▁sentence｜>", "<|begin_of_t
 @dataclass(frozen=True)
 class Tokenizer:
     vocab: int  # ids are 0 to vocab - 1
+    ordinary: int  # the same without the tokens that were added; a model may have no row for some of these
     bos: int  # stands before every document
     encode: Callable[[list[str]], Iterator[list[int]]]  # a batch of texts, without special tokens
     decode: Callable[[list[int]], str]
@@ -32,7 +33,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         decode = lambda ids: bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-        return Tokenizer(257, 256, lambda texts: (list(text.encode()) for text in texts), decode, "bytes", (256,))
+        return Tokenizer(257, 257, 256, lambda texts: (list(text.encode()) for text in texts), decode, "bytes", (256,))
     path = tokenizer_path(name)
     if not path.is_file() or path.suffix not in (".json", ".model"):
         raise ConfigError(f"data.tokenizer={name} is not a .json or .model file; give one, or bytes, or shakespeare")
@@ -76,7 +77,10 @@ def _tokenizers(path: Path, fingerprint: str) -> Tokenizer:
     if isinstance(template, list):  # several by name
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     parts = dict(stop=stop, template=template, named=tuple(named.items()))
-    return Tokenizer(tokenizer.get_vocab_size(), bos, encode, tokenizer.decode, fingerprint, **parts)
+    vocab, ordinary = (
+        1 + max(tokenizer.get_vocab(with_added_tokens=added).values(), default=-1) for added in (True, False)
+    )
+    return Tokenizer(vocab, ordinary, bos, encode, tokenizer.decode, fingerprint, **parts)
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:
@@ -102,4 +106,4 @@ def _sentencepiece(path: Path, fingerprint: str) -> Tokenizer:
         raise ConfigError(f"data.tokenizer={path} has no begin-of-sentence piece; train it with one")
     encode = lambda texts: iter(model.encode(texts))
     stop = (model.eos_id() if model.eos_id() >= 0 else model.bos_id(),)
-    return Tokenizer(model.vocab_size(), model.bos_id(), encode, model.decode, fingerprint, stop)
+    return Tokenizer(model.vocab_size(), model.vocab_size(), model.bos_id(), encode, model.decode, fingerprint, stop)

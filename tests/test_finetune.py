@@ -171,7 +171,7 @@ def test_what_fills_up_packed_chats_counts_nowhere(case, length, tokenizer, tmp_
     answers = ["it is red", "she is green", "he is blue", "one two three", "two", "red"] * 2
     asked = {"role": "user", "content": "what is the name of a cat dog tree"}
     lines = [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers]
-    stream = data._open(jsonl(tmp_path / "chats.jsonl", lines), tokenizer, length)
+    stream = data._open(jsonl(tmp_path / "chats.jsonl", lines), tokenizer, length, 256)
     model = load_hf(HERE / "cases" / case)
     examples = [chat.example(tokenizer, line) for line in lines]
     assert len({len(ids) for ids, _ in examples}) > 1
@@ -206,9 +206,35 @@ def test_what_fills_up_packed_chats_counts_nowhere(case, length, tokenizer, tmp_
         np.testing.assert_allclose(packed.balance, total("balance"), rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["chats", "pairs", "texts"])
+def test_a_tokenizer_may_have_added_tokens_without_a_row_but_a_text_may_not(
+    form, tokenizer, folder, tmp_path, monkeypatch
+):
+    """Gemma 3 1B has 262144 rows, and its tokenizer an image's token with that id."""
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    larger = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    larger.add_special_tokens(["<image>"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    larger, rows = load_tokenizer(str(tmp_path / "tokenizer.json")), tokenizer.vocab
+    assert (larger.vocab, larger.ordinary) == (rows + 1, rows)
+    text = "what is the cat it is red"
+    make = {
+        "chats": lambda t: {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "red"}]},
+        "pairs": lambda t: {"prompt": t, "response": " red"},
+        "texts": lambda t: {"text": t},
+    }[form]
+    stream = data._open(jsonl(tmp_path / "good.jsonl", [make(text)] * 3), larger, 30, rows)
+    assert stream.ids.max() < rows
+    place = "document 2" if form == "texts" else "line 2"
+    with pytest.raises(ConfigError, match=f"{place} has token id {rows}, .*model.vocab={rows}"):
+        data._open(jsonl(tmp_path / "bad.jsonl", [make(text), make(f"{text} <image>"), make(text)]), larger, 30, rows)
+
+
 def test_prompt_tokens_get_no_loss(folder, tokenizer, tmp_path):
     """By gradient: other targets in the prompt's places change no gradient; without answers there is none at all."""
-    stream = data._open(jsonl(tmp_path / "chats.jsonl", CHATS), tokenizer, 40)
+    stream = data._open(jsonl(tmp_path / "chats.jsonl", CHATS), tokenizer, 40, 256)
     model = load_hf(folder)
     cfg = Config(model.cfg, data=dataclasses.replace(tiny.CONFIG.data, seq_len=40), per_device_batch_size=2)
     mesh = model.norm.scale.sharding.mesh
