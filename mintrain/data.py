@@ -205,7 +205,14 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+                if "\\u" in line:
+                    json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # a surrogate without its other half
+                raise ConfigError(
+                    f"data.path={path} line {number} holds half of a character, {error.object[error.start]!r}; "
+                    "mend or remove it"
+                ) from error
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of [
                 raise ConfigError(f"data.path={path} line {number} is not JSON: {error}; mend or remove it") from error
             if not isinstance(record, dict):
                 raise ConfigError(f"data.path={path} line {number} is no object; give one a line")

@@ -92,6 +92,9 @@ def parse(
     """A dataclass from options such as `--optim.lr 1e-3`, in the types of its fields. Raises ConfigError."""
     import tyro
 
+    for arg in argv:
+        if not arg.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in arg):
+            raise ConfigError(f"{arg!r} is not UTF-8 text; set the terminal to UTF-8 or write it in another way")
     flags = () if default is None else (tyro.conf.FlagConversionOff,)  # a config's options take True or False
     said = io.StringIO()
     try:

@@ -79,6 +79,23 @@ WRONG = {
         lambda: ["--data.path", written("a.jsonl", '{"txt": "x"}\n')],
         'a.jsonl line 1 has no "text"',
     ),
+    "half a character": (
+        lambda: ["--data.path", written("a.jsonl", '{"text": "x"}\n{"text": "cut \\ud83d"}\n')],
+        r"a.jsonl line 2 holds half of a character, '\\ud83d'",
+    ),
+    "half a character in a chat": (
+        lambda: ["--data.path", written("a.jsonl", '{"messages": [{"role": "user", "content": "\\udc00 b"}]}\n')],
+        r"a.jsonl line 1 holds half of a character",
+    ),
+    "a list as deep as a well": (
+        lambda: ["--data.path", written("a.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")],
+        "a.jsonl line 1 is not JSON",
+    ),
+    "a number of thousands of digits": (
+        lambda: ["--data.path", written("a.jsonl", '{"text": "x", "n": ' + "9" * 5000 + "}\n")],
+        "a.jsonl line 1 is not JSON",
+    ),
+    "an option that is not UTF-8": (lambda: ["--sample_prompt", "caf\udce9"], "is not UTF-8 text"),
     "half a token": (lambda: ["--data.path", written("a.bin", b"123")], "a.bin has 3 bytes"),
     "a token beyond the vocabulary": (
         lambda: ["--data.path", written("a.bin", np.full(999, 300, np.uint16).tobytes())],
