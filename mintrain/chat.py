@@ -48,6 +48,8 @@ def _messages(tokenizer: Tokenizer, messages: Any) -> list[tuple[str, bool]]:
     fits = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
     if not fits or not any(m["role"] == "assistant" for m in messages):
         raise ConfigError('has "messages" that are no list of roles and contents with an answer of the assistant')
+    for i in range(len(messages)):
+        _check_content(tokenizer, messages, i)
     pieces, done = [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -61,6 +63,20 @@ def _messages(tokenizer: Tokenizer, messages: Any) -> list[tuple[str, bool]]:
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     return pieces
+
+
+def _check_content(tokenizer: Tokenizer, messages: list[dict[str, Any]], i: int) -> None:
+    """Raises ConfigError for a content that the template would write as Python does, such as None or a list."""
+    content = messages[i]["content"]
+    if isinstance(content, str):
+        return
+    said = f"has in message {i + 1} the content {str(content)[:60]}"
+    if content is None:
+        instead = [*messages[:i], {**messages[i], "content": ""}, *messages[i + 1 :]]
+        if render(tokenizer, messages, False) != render(tokenizer, instead, False):
+            raise ConfigError(f"{said}, which the chat template writes as a word; give a text")
+    elif not isinstance(content, list) or str(content) in render(tokenizer, messages, False):
+        raise ConfigError(f"{said}, which is no text for the chat template; give one")
 
 
 def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], begin_answer: bool) -> str:
@@ -77,19 +93,45 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], begin_answer: b
         )
     except jinja2.TemplateError as error:
         raise ConfigError(f"is refused by the chat template: {error}") from error
+    except Exception as error:  # a template is a foreign program, and raises what it likes
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ConfigError(f"cannot be rendered by the chat template: {type(error).__name__}: {reason}") from error
 
 
 @cache
 def _compile(template: str) -> Any:
-    """In the sandbox that transformers uses: a template comes with a checkpoint and may not touch anything."""
-    from jinja2.ext import loopcontrols
+    """In the sandbox that transformers uses, with the same filters, globals and tags (utils/chat_template_utils.py
+    there): a template comes with a checkpoint and may not touch anything.
+    """
+    import json
+    from datetime import datetime
+
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-    def raise_exception(message: str) -> None:
-        raise SecurityError(message)
+    class Generation(Extension):
+        """{% generation %} marks an answer; the text inside is rendered as it is."""
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def raise_exception(message: object) -> None:
+        raise SecurityError(str(message))
+
+    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
+        """Without jinja's escapes of HTML."""
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 

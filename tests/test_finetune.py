@@ -141,6 +141,59 @@ def test_a_template_that_cannot_be_used_is_an_error(tokenizer):
         chat.example(load_tokenizer("bytes"), CHATS[0])
 
 
+PARTS = [{"type": "text", "text": "it is"}, {"type": "text", "text": " red"}]
+BY_PARTS = (
+    "{{ bos_token }}{% for m in messages %}<turn>{% if m.content is string or not m.content %}{{ m.content or '' }}"
+    "{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}</turn>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        (BY_PARTS, PARTS, "<bos><turn>what</turn><turn>it is red</turn>"),
+        (BY_PARTS, None, "<bos><turn>what</turn><turn></turn>"),
+        (BY_PARTS, 7, "no text for the chat template"),
+        (TEMPLATE, PARTS, "no text for the chat template"),
+        (TEMPLATE, None, "writes as a word"),
+        (TEMPLATE, {"text": "red"}, "no text for the chat template"),
+        ("{% for m in messages %}{{ 'a' + m.content }}{% endfor %}", PARTS, "cannot be rendered by .*TypeError"),
+        ("{{ 1 // (messages | length - 2) }}", "red", "cannot be rendered by .*ZeroDivisionError"),
+        ("{{ raise_exception(5) }}", "red", "refused by the chat template: 5"),
+    ],
+)
+def test_contents_are_rendered_as_the_template_takes_them_or_refused(template, content, expected, tokenizer):
+    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": content}]
+    other = dataclasses.replace(tokenizer, template=template)
+    if expected.startswith("<bos>"):
+        assert "".join(text for text, _ in chat._messages(other, messages)) == expected
+        return
+    with pytest.raises(ConfigError, match=expected) as error:
+        chat.example(other, {"messages": messages})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content | tojson }}", '"what\'s <é>"'),
+        ("{{ messages[0] | tojson(indent=1, ensure_ascii=True) }}", '{\n "content": "what\'s <\\u00e9>"\n}'),
+        ("{{ strftime_now('%Y') | int > 2000 }}", "True"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}.", "what's <é>."),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{% endgeneration %}{{ x }}", "1"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    ],
+)
+def test_a_template_finds_what_transformers_gives_it(template, expected, tokenizer):
+    other = dataclasses.replace(tokenizer, template=template)
+    assert chat.render(other, [{"content": "what's <é>"}], False) == expected
+    try:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+    except ImportError:
+        return
+    assert _compile_jinja_template(template).render(messages=[{"content": "what's <é>"}]) == expected
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 6)), min_size=1, max_size=30), st.integers(4, 12))
 def test_packing_keeps_every_example_whole_in_one_row(sizes, length):
