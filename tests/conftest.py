@@ -15,5 +15,17 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # arrays of different rank do not broadcast by accident
+
+
+MAPS, MOST = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """A process can map only so many compiled programs; beyond them XLA's compiler for CPUs crashes."""
+    yield
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > int(MOST.read_text()) // 3:
+        jax.clear_caches()
