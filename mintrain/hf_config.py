@@ -120,16 +120,13 @@ def _gemma(hf: dict[str, Any], family: str) -> config.Model:
 
 def _kinds(hf: dict[str, Any], family: str) -> list[str]:
     """Each layer's type of attention."""
-    count = hf["num_hidden_layers"]
-    if kinds := hf.get("layer_types"):
-        if len(kinds) != count:
-            raise ConfigError(
-                f"layer_types in config.json names {len(kinds)} layers, num_hidden_layers={count}; mend one"
-            )
-        # transformers makes the last layer of a Gemma 4 global whatever the file says.
-        return [*kinds[:-1], "full_attention"] if family == "gemma4" else kinds
-    period = 2 if family == "gemma2" else hf.get("sliding_window_pattern") or 6
-    kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
+    count, kinds = hf["num_hidden_layers"], hf.get("layer_types")
+    if not kinds:
+        period = 2 if family == "gemma2" else hf.get("sliding_window_pattern") or 6
+        kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(count)]
+    if len(kinds) != count:
+        raise ConfigError(f"layer_types in config.json names {len(kinds)} layers, num_hidden_layers={count}; mend one")
+    # transformers makes the last layer of a Gemma 4 global whatever the file says.
     return [*kinds[:-1], "full_attention"] if family == "gemma4" else kinds
 
 

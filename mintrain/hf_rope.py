@@ -11,6 +11,10 @@ from mintrain import config
 from mintrain.config import ConfigError
 
 Keys = dict[str, Any]
+UNSAID = {  # what a Gemma 4 without rope_parameters has
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+}
 
 
 def gemma_rope(hf: Keys, family: str, kind: str) -> config.Rope:
@@ -53,12 +57,11 @@ def _flat(hf: Keys, kind: str = "") -> Keys:
 
 def _gemma3(hf: Keys, kind: str) -> Keys:
     """By type of layer; what is not under a type counts for nothing. `rope_scaling` is laid over the global layers'."""
-    plain = {"rope_type": "default"}
     given = hf.get("rope_parameters")
-    rope = (dict.fromkeys(("sliding_attention", "full_attention"), plain) if given is None else given).get(kind)
+    rope = {"rope_type": "default"} if given is None else given.get(kind) or {}
     if kind == "sliding_attention":
-        return {"rope_theta": hf.get("rope_local_base_freq", 1e4), **(rope or plain)}
-    return {"rope_theta": hf["rope_theta"], **(({**(rope or {}), **(hf.get("rope_scaling") or {})}) or plain)}
+        return {"rope_theta": hf.get("rope_local_base_freq", 1e4), **rope}
+    return {"rope_theta": hf["rope_theta"], **rope, **(hf.get("rope_scaling") or {})}
 
 
 def _gemma4(hf: Keys, kind: str) -> Keys:
@@ -67,16 +70,10 @@ def _gemma4(hf: Keys, kind: str) -> Keys:
         raise ConfigError("rope_scaling in config.json has no meaning in a Gemma 4; say it in rope_parameters")
     rope = hf.get("rope_parameters")
     if rope is None:
-        return GEMMA4[kind]
+        return UNSAID[kind]
     if not isinstance(rope.get(kind), dict) or "rope_theta" not in rope[kind]:
         raise ConfigError(f"rope_parameters in config.json has no rope_theta for {kind}; add it")
     return rope[kind]
-
-
-GEMMA4 = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-}
 
 
 def _type(rope: Keys, *read: str) -> str:
